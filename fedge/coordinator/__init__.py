@@ -1,0 +1,1 @@
+"""The coordinator: compiles tasks, runs rounds, aggregates updates and publishes versions."""

@@ -1,0 +1,231 @@
+"""`fedge`: the operator's command line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fedge import __version__
+from fedge.schemas.errors import ConfigError
+from fedge.schemas.logs import set_up_logging
+from fedge.schemas.process import errors_as_exit_status, run_until_stopped
+
+if TYPE_CHECKING:
+    from fedge.coordinator.settings import Settings
+    from fedge.coordinator.store import RoundReport, Store, VersionRecord
+
+# Imports below are inside the commands: only `serve` and `demo` need torch, which takes seconds.
+
+_config = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("fedge.toml"),
+    show_default=True,
+    help="The coordinator's TOML file.",
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fedge")
+def cli() -> None:
+    """Federated learning for fleets of small devices, over MQTT.
+
+    \b
+    See it work:          fedge demo
+    Run a coordinator:    fedge serve --config fedge.toml
+    Look at what it did:  fedge round list, fedge round show N, fedge version list
+
+    \b
+    A coordinator needs one file, fedge.toml:
+
+    \b
+        population = "digits"            # the devices that share this task
+        task = "digits"                  # built in, or my_task.py:task
+        state_dir = "state"
+        [broker]
+        host = "broker.example"
+        [round]
+        goal = 100                       # updates that make a version
+
+    Exit status: 0 done or stopped, 1 failed, 2 asked wrongly.
+    """
+
+
+@cli.command()
+@_config
+def serve(config_path: Path) -> None:
+    """Serve until stopped: publish versions, run rounds, average updates, export ONNX.
+
+    SIGTERM ends it after what is being written; the next start goes on with the same round.
+    SIGHUP makes it look for versions that another command has added.
+    """
+    from fedge.coordinator import serving  # noqa: PLC0415 -- see the top of the file
+    from fedge.coordinator.settings import load  # noqa: PLC0415 -- as above
+
+    settings = load(config_path)
+    set_up_logging(settings.log_format)
+    run_until_stopped(lambda: serving.serve(settings))
+
+
+# ---------------------------------------------------------------- versions
+
+
+@cli.group()
+def version() -> None:
+    """Look at versions, export them, go back to an earlier one."""
+
+
+@version.command("list")
+@_config
+@_json
+def version_list(config_path: Path, as_json: bool) -> None:
+    """List every version with its metrics."""
+    from fedge.coordinator import reports  # noqa: PLC0415 -- as above
+
+    with _store(config_path) as store:
+        reports.show_versions(store.versions(), as_json=as_json)
+
+
+@version.command("show")
+@click.argument("number", type=click.IntRange(0))
+@_config
+@_json
+def version_show(number: int, config_path: Path, as_json: bool) -> None:
+    """Show version NUMBER."""
+    from fedge.coordinator import reports  # noqa: PLC0415 -- as above
+
+    with _store(config_path) as store:
+        reports.show_version(_version(store, number), as_json=as_json)
+
+
+@version.command("export")
+@click.argument("number", type=click.IntRange(0))
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
+@_config
+def version_export(number: int, path: Path, config_path: Path) -> None:
+    """Write the ONNX file of version NUMBER to PATH: the same bytes that devices run."""
+    from fedge.coordinator.export import export_model  # noqa: PLC0415 -- as above
+
+    with _store(config_path) as store:
+        model = export_model(store, _version(store, number))
+    path.write_bytes(model)
+    click.echo(f"{path}  {len(model)} bytes")
+
+
+@version.command("rollback")
+@click.argument("number", type=click.IntRange(0))
+@_config
+def version_rollback(number: int, config_path: Path) -> None:
+    """Make a new version with the weights of version NUMBER, and have it published.
+
+    Numbers never go back: after a rollback from 12 to 9 the newest version is 13, equal to 9. A
+    round that was under way is abandoned, since its base is no longer the newest version.
+    """
+    from fedge.coordinator.export import rolled_back  # noqa: PLC0415 -- as above
+    from fedge.coordinator.store import StateLock  # noqa: PLC0415 -- as above
+
+    with _store(config_path) as store:
+        newest = store.newest_version()
+        target = _version(store, number)
+        if newest is None or newest.number == number:
+            raise ConfigError(f"version {number} is the newest already")
+        made = rolled_back(newest, target, time.time())
+        store.record_version(made)
+    click.echo(f"version {made.number} has the weights of version {number}")
+    pid = StateLock.holder(_settings(config_path).state_dir)
+    if pid is None:
+        click.echo("no coordinator is running: it is published at the next start")
+        return
+    try:
+        os.kill(pid, signal.SIGHUP)
+    except PermissionError as error:
+        raise ConfigError(
+            f"the coordinator (process {pid}) runs as another user: send it SIGHUP"
+        ) from error
+    click.echo(f"told the coordinator (process {pid}) to publish it")
+
+
+# ---------------------------------------------------------------- rounds and devices
+
+
+@cli.group("round")
+def round_group() -> None:
+    """Look at rounds: who was asked, who answered, who was refused and why."""
+
+
+@round_group.command("list")
+@_config
+@_json
+def round_list(config_path: Path, as_json: bool) -> None:
+    """List every round and how it ended."""
+    from fedge.coordinator import reports  # noqa: PLC0415 -- as above
+
+    with _store(config_path) as store:
+        reports.show_rounds(store.rounds(), as_json=as_json)
+
+
+@round_group.command("show")
+@click.argument("number", type=click.IntRange(1))
+@_config
+@_json
+def round_show(number: int, config_path: Path, as_json: bool) -> None:
+    """Show round NUMBER: its devices, their updates, and everything that was refused."""
+    from fedge.coordinator import reports  # noqa: PLC0415 -- as above
+
+    with _store(config_path) as store:
+        reports.show_round(_round(store, number), as_json=as_json)
+
+
+@cli.group()
+def device() -> None:
+    """Look at the devices of the population."""
+
+
+@device.command("list")
+@_config
+@_json
+def device_list(config_path: Path, as_json: bool) -> None:
+    """List every device that was ever seen."""
+    from fedge.coordinator import reports  # noqa: PLC0415 -- as above
+
+    with _store(config_path) as store:
+        reports.show_devices(store.devices(), as_json=as_json)
+
+
+def main() -> None:
+    """The entry point of `fedge`."""
+    with errors_as_exit_status():
+        cli()
+
+
+def _settings(config_path: Path) -> Settings:
+    from fedge.coordinator.settings import load  # noqa: PLC0415 -- as above
+
+    return load(config_path)
+
+
+def _store(config_path: Path) -> Store:
+    from fedge.coordinator.store import Store  # noqa: PLC0415 -- as above
+
+    return Store.open(_settings(config_path).state_dir)
+
+
+def _version(store: Store, number: int) -> VersionRecord:
+    found = store.version(number)
+    if found is None:
+        raise ConfigError(f"there is no version {number}; `fedge version list` shows them")
+    return found
+
+
+def _round(store: Store, number: int) -> RoundReport:
+    found = store.round_report(number)
+    if found is None:
+        raise ConfigError(f"there is no round {number}; `fedge round list` shows them")
+    return found

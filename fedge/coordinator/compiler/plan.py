@@ -1,0 +1,159 @@
+"""A task → its plan: three graphs, golden inputs, the manifest, and the weights of version 0.
+
+The order: inspect the model in eager torch, trace three pure functions, translate them to ONNX,
+verify them against eager torch, describe them. Compiling a task again gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from fedge.coordinator.compiler import verification
+from fedge.coordinator.compiler.diagnosis import ModelTracker, explaining
+from fedge.coordinator.compiler.examples import golden_inputs, random_batch
+from fedge.coordinator.compiler.inspection import (
+    Inspection,
+    inspect_model,
+    padding_of,
+    train_example,
+)
+from fedge.coordinator.compiler.onnx_graph import OPSET, to_onnx
+from fedge.coordinator.compiler.step import (
+    PureFunction,
+    evaluate_function,
+    infer_function,
+    state_of,
+    train_function,
+)
+from fedge.coordinator.compiler.tracing import TRACE_BATCH, portable_operators, trace
+from fedge.coordinator.task import Task
+from fedge.schemas.blobs import describe
+from fedge.schemas.ids import Digest
+from fedge.schemas.onnx_wire import embed_weights
+from fedge.schemas.plan import Graphs, PlanManifest, WeightSpec
+from fedge.schemas.tensors import BATCH, Array, TensorSpec, encode_tensors
+
+_GOLDEN_SEED = 20170428
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledPlan:
+    """A verified plan.
+
+    `blobs`: digest → bytes of the graphs, the golden inputs and the manifest itself.
+    `initial_weights`: tensor name → array, in the order of `manifest.weights`: version 0.
+    """
+
+    manifest: PlanManifest
+    blobs: Mapping[Digest, bytes]
+    initial_weights: dict[str, Array]
+
+
+def compile_task(task: Task) -> CompiledPlan:
+    """The plan of `task`, verified.
+
+    Raises `UnsupportedModel` if the model cannot be a graph, naming the module, the operator and a
+    way out; `ParityFailed` if a graph computes something else than torch; `PlanError` if a runtime
+    refuses it; `ConfigError` if the task is wrong in itself.
+    """
+    model = task.new_model()
+    tracker = ModelTracker(model)
+    with portable_operators():
+        facts = inspect_model(task, model, tracker)
+        with explaining(tracker):
+            padding = padding_of(task, model, facts.layout)
+    inputs, targets = random_batch(task, TRACE_BATCH, seed=2)
+    example = train_example(task, model, facts.layout, inputs, targets)
+    specs = _interface(task, facts, example)
+
+    functions = {
+        "train": train_function(task, model, facts.layout),
+        "eval": evaluate_function(task, model, facts.layout),
+        "infer": infer_function(model, facts.layout),
+    }
+    graphs: dict[str, bytes] = {}
+    for name, function in functions.items():
+        with explaining(tracker):
+            program = trace(replace(function, call=tracker.wrap(function.call)), example)
+            graphs[name] = to_onnx(
+                program,
+                [specs[one] for one in function.inputs],
+                [_output_spec(one, specs) for one in function.outputs],
+                open_inputs=name == "infer",
+            )
+    golden = encode_tensors({"input": golden_inputs(task, _GOLDEN_SEED)})
+    manifest = PlanManifest(
+        task=task.name,
+        weights=tuple(
+            WeightSpec(tensor=specs[f"{prefix}.{name}"].of(name), role=role)
+            for prefix, name, role in facts.layout.entries()
+        ),
+        state=tuple(state_of(task, model, facts.layout)),
+        features=task.features,
+        target=task.target,
+        output=facts.output,
+        metrics=tuple(task.metrics),
+        loss_reduction=task.loss_reduction,
+        padding=padding,
+        defaults=task.defaults,
+        graphs=Graphs(**{name: describe(data) for name, data in graphs.items()}),
+        golden=describe(golden),
+        opset=OPSET,
+    )
+    _verify(task, manifest, functions, graphs, facts)
+    blobs = [*graphs.values(), golden, manifest.encode()]
+    return CompiledPlan(
+        manifest=manifest,
+        blobs={describe(blob).sha256: blob for blob in blobs},
+        initial_weights={
+            weight.tensor.name: facts.initial_weights[weight.tensor.name]
+            for weight in manifest.weights
+        },
+    )
+
+
+def _verify(
+    task: Task,
+    manifest: PlanManifest,
+    functions: Mapping[str, PureFunction],
+    graphs: Mapping[str, bytes],
+    facts: Inspection,
+) -> None:
+    complete = embed_weights(
+        graphs["infer"],
+        {w.graph_name: facts.initial_weights[w.tensor.name] for w in manifest.weights},
+    )
+    verification.verify_structure(graphs["train"], functions["train"])
+    verification.verify_structure(graphs["eval"], functions["eval"])
+    verification.verify_structure(graphs["infer"], functions["infer"], complete=complete)
+    verification.verify_training(task, manifest, graphs["train"])
+    verification.verify_evaluation(
+        task, task.new_model(), manifest, graphs["eval"], complete
+    )
+
+
+def _interface(
+    task: Task, facts: Inspection, example: Mapping[str, torch.Tensor]
+) -> dict[str, TensorSpec]:
+    """A specification for each graph input, and for `output`."""
+    specs = {"output": facts.output}
+    for name, tensor in example.items():
+        shape = tuple(tensor.shape)
+        if name in ("input", "target", "mask"):
+            shape = (BATCH, *shape[1:])
+        specs[name] = TensorSpec.model_validate(
+            {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape}
+        )
+    return specs
+
+
+def _output_spec(name: str, specs: Mapping[str, TensorSpec]) -> TensorSpec:
+    """`next.x` is like `x`; the loss and the metrics are float32 scalars."""
+    if name == "output":
+        return specs[name]
+    if name.startswith("next."):
+        return specs[name.removeprefix("next.")].of(name)
+    return TensorSpec(name=name, dtype="float32", shape=())

@@ -1,0 +1,48 @@
+"""Versions for other programs and for second thoughts: the ONNX file, and going back."""
+
+from __future__ import annotations
+
+from fedge.coordinator.store import Store, VersionRecord
+from fedge.schemas.errors import StoreError
+from fedge.schemas.ids import sha256
+from fedge.schemas.onnx_wire import embed_weights
+from fedge.schemas.plan import PlanManifest
+from fedge.schemas.tensors import read_tensors
+
+
+def export_model(store: Store, version: VersionRecord) -> bytes:
+    """The version's `model.onnx`, byte for byte what its devices run.
+
+    Raises `StoreError` if the state does not give the file that was published.
+    """
+    manifest = PlanManifest.decode(store.blobs.read(version.plan_sha256))
+    weights = read_tensors(store.blobs.path(version.weights.sha256), manifest.weight_specs)
+    named = {spec.graph_name: weights[spec.tensor.name] for spec in manifest.weights}
+    model = embed_weights(store.blobs.read(manifest.graphs.infer.sha256), named)
+    if sha256(model) != version.model_sha256:
+        raise StoreError(f"version {version.number}: the state gives another file than published")
+    return model
+
+
+def rolled_back(newest: VersionRecord, target: VersionRecord, now: float) -> VersionRecord:
+    """A new version with the weights of an old one: numbers never go back.
+
+    The server optimizer starts anew: what it remembered led away from here. Raises `StoreError` if
+    the two belong to different plans.
+    """
+    if newest.plan_sha256 != target.plan_sha256:
+        raise StoreError(
+            f"version {target.number} belongs to another plan than version {newest.number}"
+        )
+    return VersionRecord(
+        number=newest.number + 1,
+        plan_sha256=target.plan_sha256,
+        weights=target.weights,
+        golden=target.golden,
+        model_sha256=target.model_sha256,
+        model_bytes=target.model_bytes,
+        created_at=now,
+        base=newest.number,
+        metrics=target.metrics,
+        note=f"rollback of {newest.number} to {target.number}",
+    )

@@ -1,0 +1,107 @@
+"""What the coordinator keeps on the broker: retained chunks and announcements.
+
+The broker is a cache that may forget everything, so all of it can be published again from the
+store at any time, and is at each reconnect. Chunks go first and the announcement that names them
+last, so whoever reads an announcement finds what it names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+
+from fedge.coordinator.store import VersionRecord
+from fedge.schemas.blob_files import BlobDirectory
+from fedge.schemas.blobs import BlobRef, ChunkSet
+from fedge.schemas.link.protocol import MAX_IN_FLIGHT, Link
+from fedge.schemas.logs import EventLog
+from fedge.schemas.messages import Message, VersionAnnouncement, encode
+from fedge.schemas.plan import PlanManifest
+from fedge.schemas.topics import Topics
+
+log = EventLog(__name__)
+
+
+def announcement_of(version: VersionRecord, plan: BlobRef) -> VersionAnnouncement:
+    """What devices are told of a version."""
+    return VersionAnnouncement(
+        number=version.number,
+        plan=plan,
+        weights=version.weights,
+        golden=version.golden,
+        model_sha256=version.model_sha256,
+        model_bytes=version.model_bytes,
+    )
+
+
+def plan_blobs(manifest: PlanManifest, plan: BlobRef) -> tuple[BlobRef, ...]:
+    """Every blob of a plan, its manifest first."""
+    graphs = manifest.graphs
+    return (plan, graphs.train, graphs.eval, graphs.infer, manifest.golden)
+
+
+class Publisher:
+    """Publishes over two sessions: announcements over `control`, chunks over `bulk`."""
+
+    def __init__(self, control: Link, bulk: Link, topics: Topics, blobs: BlobDirectory) -> None:
+        self._control = control
+        self._bulk = bulk
+        self._topics = topics
+        self._blobs = blobs
+        self._seeded: set[str] = set()
+        self.chunk_bytes_published = 0
+
+    def forget(self) -> None:
+        """The broker may have lost what it kept: publish it again when it is next named."""
+        self._seeded.clear()
+
+    async def announce(self, message: Message) -> None:
+        """Replaces the retained announcement of this kind."""
+        topic = self._topics.announcement(type(message))
+        await self._control.publish(topic, encode(message), retain=True)
+
+    async def seed(self, refs: Iterable[BlobRef]) -> None:
+        """Publishes every chunk of the blobs that this connection has not seen yet."""
+        for ref in refs:
+            if ref.sha256 not in self._seeded:
+                await self._each(ref, range(ref.chunk_count), self._chunk_reader(ref))
+                self._seeded.add(ref.sha256)
+
+    async def repeat(self, ref: BlobRef, missing: ChunkSet) -> None:
+        """Publishes the chunks that a device did not find."""
+        wanted = [index for index in range(ref.chunk_count) if index in missing]
+        log.info("chunks_repeated", sha256=ref.sha256[:12], chunks=len(wanted))
+        await self._each(ref, wanted, self._chunk_reader(ref))
+
+    async def clear(self, refs: Iterable[BlobRef]) -> None:
+        """Removes the chunks of blobs that no device needs any more from the broker."""
+        for ref in refs:
+            self._seeded.discard(ref.sha256)
+            await self._each(ref, range(ref.chunk_count), lambda _: b"")
+
+    def _chunk_reader(self, ref: BlobRef) -> Callable[[int], bytes]:
+        path = self._blobs.path(ref.sha256)
+
+        def read(index: int) -> bytes:
+            with path.open("rb") as file:
+                file.seek(index * ref.chunk_bytes)
+                return file.read(ref.chunk_size(index))
+
+        return read
+
+    async def _each(
+        self, ref: BlobRef, indexes: Iterable[int], read: Callable[[int], bytes]
+    ) -> None:
+        rest: Iterator[int] = iter(indexes)
+
+        async def publish_rest() -> None:
+            # Several of these share one iterator: that many chunks are in memory, and no more.
+            for index in rest:
+                payload = read(index)
+                topic = self._topics.chunk(ref.sha256, index)
+                await self._bulk.publish(topic, payload, retain=True)
+                self.chunk_bytes_published += len(payload)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(MAX_IN_FLIGHT):
+                group.create_task(publish_rest(), name=f"publish-{ref.sha256[:8]}")

@@ -1,0 +1,156 @@
+"""From weights to a version that devices may have: its files, and the check that they are right.
+
+A version is its weights, its golden outputs and its `model.onnx`, which is the plan's `infer` graph
+with the weights put in. The device makes that file itself, byte for byte, so only its digest
+travels. Nothing is released before eager torch and onnxruntime agreed on the golden inputs: the
+first runs the engineer's own module, the second the file that an application would open.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import safetensors.numpy
+import torch
+from torch import nn
+
+from fedge.coordinator.onnx_session import RUNTIME_ERRORS, open_session
+from fedge.schemas.blobs import DEFAULT_CHUNK_BYTES, BlobRef, describe
+from fedge.schemas.errors import ParityFailed, PeerError, PlanError, PlanRefused
+from fedge.schemas.ids import Digest, sha256
+from fedge.schemas.onnx_wire import embed_weights
+from fedge.schemas.plan import PlanManifest
+from fedge.schemas.tensors import Array, Tensors, check_finite, check_tensors, encode_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The files of a version that passed the parity check.
+
+    `weights`: safetensors of the version's tensors. `model`: the complete ONNX file. `golden`:
+    safetensors with `output`, torch's for the plan's golden inputs. `largest_difference`: of
+    onnxruntime to it, relative to max(1, |output|).
+    """
+
+    weights: bytes
+    model: bytes
+    golden: bytes
+    weights_ref: BlobRef
+    golden_ref: BlobRef
+    model_sha256: Digest
+    model_bytes: int
+    largest_difference: float
+
+
+class Releaser:
+    """Makes releases of one plan.
+
+    `new_model`: gives the task's module; its weights are replaced by the version's.
+    `blobs`: digest → bytes, with at least the plan's `infer` graph and golden inputs.
+    Raises `PlanRefused` if one of them is not there or does not fit the manifest.
+    """
+
+    def __init__(
+        self,
+        new_model: Callable[[], nn.Module],
+        manifest: PlanManifest,
+        blobs: Mapping[Digest, bytes],
+        *,
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    ) -> None:
+        self._manifest = manifest
+        self._chunk_bytes = chunk_bytes
+        self._model = new_model().eval()
+        try:
+            self._infer = blobs[manifest.graphs.infer.sha256]
+            self._golden_inputs = safetensors.numpy.load(blobs[manifest.golden.sha256])
+        except KeyError as error:
+            raise PlanRefused(f"the plan's blob {error} is not there") from error
+        try:
+            check_tensors(self._golden_inputs, [manifest.features.tensor.of("input")])
+        except PeerError as error:
+            raise PlanRefused(f"the plan's golden inputs: {error.detail}") from error
+
+    def build(self, weights: Tensors) -> Release:
+        """The release of a version with these tensors; the same bytes for the same tensors.
+
+        Raises `PlanError` if the tensors are not the plan's or not finite, `ParityFailed` if
+        torch and onnxruntime differ by more than the plan's tolerance, `PlanRefused` if
+        onnxruntime cannot load the model.
+        """
+        try:
+            check_tensors(weights, self._manifest.weight_specs)
+            check_finite(weights)
+        except PeerError as error:
+            raise PlanError(f"the version's weights break the plan: {error.detail}") from error
+        named = {spec.graph_name: weights[spec.tensor.name] for spec in self._manifest.weights}
+        model = embed_weights(self._infer, named)
+        expected = self._run_torch(weights)
+        difference = largest_difference(self._run_onnx(model), expected)
+        # Not `difference > tolerance`: a NaN must fail.
+        if not difference <= self._manifest.parity_tolerance:
+            raise ParityFailed(
+                "onnxruntime and torch on the golden inputs",
+                difference,
+                self._manifest.parity_tolerance,
+            )
+        encoded = encode_tensors(weights)
+        golden = encode_tensors({"output": expected})
+        return Release(
+            weights=encoded,
+            model=model,
+            golden=golden,
+            weights_ref=describe(encoded, self._chunk_bytes),
+            golden_ref=describe(golden, self._chunk_bytes),
+            model_sha256=sha256(model),
+            model_bytes=len(model),
+            largest_difference=difference,
+        )
+
+    def _run_torch(self, weights: Tensors) -> Array:
+        load_weights(self._model, weights)
+        with torch.inference_mode():
+            output = self._model(torch.from_numpy(self._golden_inputs["input"]))
+        return np.asarray(output.numpy())
+
+    def _run_onnx(self, model: bytes) -> Array:
+        session = open_session(model, threads=1)
+        try:
+            output = session.run(["output"], {"input": self._golden_inputs["input"]})[0]
+        except RUNTIME_ERRORS as error:
+            raise PlanRefused(f"the version's model does not run: {error}") from error
+        return np.asarray(output)
+
+
+def load_weights(model: nn.Module, weights: Tensors) -> None:
+    """Copies a version's tensors into the parameters and buffers of their names, tied ones once.
+
+    By name and not by `load_state_dict`, which does not know buffers that are not persistent.
+    Raises `PlanError` if the model has a tensor that the version lacks, or of another shape.
+    """
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name not in weights or weights[name].shape != tuple(tensor.shape):
+                raise PlanError(
+                    f"the version has no tensor {name!r} of shape {list(tensor.shape)}; was the "
+                    "model changed after the plan was compiled?"
+                )
+            # A copy, since torch may not write to numpy's memory and warns where it could.
+            tensor.copy_(torch.from_numpy(np.array(weights[name])))
+
+
+def largest_difference(actual: Array, expected: Array) -> float:
+    """The largest |actual - expected| / max(1, |expected|).
+
+    Infinite for different shapes, and where either holds NaN or infinity.
+    """
+    if actual.shape != expected.shape:
+        return math.inf
+    if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
+        return math.inf
+    wide_actual, wide_expected = actual.astype(np.float64), expected.astype(np.float64)
+    scale = np.maximum(1.0, np.abs(wide_expected))
+    return float(np.max(np.abs(wide_actual - wide_expected) / scale, initial=0.0))

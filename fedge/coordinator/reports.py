@@ -1,0 +1,193 @@
+"""What the operator's commands print: tables for people, JSON for scripts, from the same records."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from fedge.coordinator.store import (
+    DeviceRecord,
+    ParticipantRecord,
+    RoundRecord,
+    RoundReport,
+    VersionRecord,
+)
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def show_versions(versions: Sequence[VersionRecord], *, as_json: bool) -> None:
+    """A line a version."""
+    if as_json:
+        _print_json(versions)
+        return
+    names = sorted({name for version in versions for name in version.metrics})
+    table = _table("version", "base", "round", "made", *names, "weights", "note")
+    for version in versions:
+        table.add_row(
+            str(version.number),
+            _or_dash(version.base),
+            _or_dash(version.round),
+            _time(version.created_at),
+            *(_number(version.metrics.get(name)) for name in names),
+            f"{version.weights.size_bytes:,} B",
+            version.note,
+        )
+    console.print(table)
+
+
+def show_version(version: VersionRecord, *, as_json: bool) -> None:
+    """Everything about one version."""
+    if as_json:
+        _print_json(version)
+        return
+    facts = {
+        "version": str(version.number),
+        "made": _time(version.created_at),
+        "base": _or_dash(version.base),
+        "round": _or_dash(version.round),
+        "plan": version.plan_sha256,
+        "weights": f"{version.weights.sha256}  {version.weights.size_bytes:,} bytes",
+        "model.onnx": f"{version.model_sha256}  {version.model_bytes:,} bytes",
+        "note": version.note or "-",
+        **{name: _number(value) for name, value in version.metrics.items()},
+    }
+    for name, value in facts.items():
+        console.print(f"{name:<12}{value}")
+
+
+def show_rounds(rounds: Sequence[RoundRecord], *, as_json: bool) -> None:
+    """A line a round."""
+    if as_json:
+        _print_json(rounds)
+        return
+    table = _table("round", "base", "opened", "took", "outcome", "version", "reason")
+    for record in rounds:
+        table.add_row(
+            str(record.number),
+            str(record.base),
+            _time(record.opened_at),
+            _duration(record),
+            _outcome(record),
+            _or_dash(record.version),
+            record.reason,
+        )
+    console.print(table)
+
+
+def show_round(report: RoundReport, *, as_json: bool) -> None:
+    """One round: its devices, then what was refused."""
+    if as_json:
+        _print_json(report)
+        return
+    record = report.round
+    console.print(
+        f"round {record.number}: {_outcome(record)} from version {record.base}"
+        + (f", made version {record.version}" if record.version is not None else "")
+        + (f" ({record.reason})" if record.reason else "")
+    )
+    console.print(f"goal {record.goal}, quorum {record.quorum}, took {_duration(record)}")
+    table = _table("device", "status", "examples", "loss", "training", "bytes", "reason")
+    for participant in report.participants:
+        table.add_row(*_participant_cells(participant))
+    console.print(table)
+    if report.refusals:
+        console.print("refused:")
+        refused = _table("device", "reason", "count", "latest")
+        for refusal in report.refusals:
+            refused.add_row(
+                refusal.device or "-", refusal.reason.value, str(refusal.count), refusal.last_detail
+            )
+        console.print(refused)
+
+
+def show_devices(devices: Sequence[DeviceRecord], *, as_json: bool) -> None:
+    """A line a device."""
+    if as_json:
+        _print_json(devices)
+        return
+    table = _table("device", "state", "version", "examples", "boot", "agent", "last seen")
+    for device in devices:
+        table.add_row(
+            device.name,
+            "online" if device.online else "offline",
+            _or_dash(device.version),
+            _or_dash(device.examples),
+            _or_dash(device.boot),
+            device.agent_version or "-",
+            _time(device.last_seen_at),
+        )
+    console.print(table)
+
+
+def _participant_cells(participant: ParticipantRecord) -> list[str]:
+    reason = participant.reason.value if participant.reason is not None else ""
+    told = f"{reason}: {participant.detail}" if reason else participant.detail
+    made = participant.contribution
+    if made is None:
+        return [participant.device, participant.status.value, "-", "-", "-", "-", told]
+    return [
+        participant.device,
+        participant.status.value,
+        str(made.examples),
+        _number(made.loss.by_epoch[-1] if made.loss.by_epoch else None),
+        f"{made.training_s:.2f} s",
+        f"{made.update.size_bytes:,}",
+        told,
+    ]
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _outcome(record: RoundRecord) -> str:
+    return record.phase.value if record.outcome is None else record.outcome.value
+
+
+def _duration(record: RoundRecord) -> str:
+    return "-" if record.closed_at is None else f"{record.closed_at - record.opened_at:.1f} s"
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def _print_json(record: object) -> None:
+    print(json.dumps(_plain(record), indent=2))  # noqa: T201 -- the command's output
+
+
+def _plain(value: object) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {field.name: _plain(getattr(value, field.name)) for field in fields}
+    match value:
+        case BaseModel():
+            return value.model_dump(mode="json")
+        case Enum():
+            return value.value
+        case Mapping():
+            return {str(name): _plain(one) for name, one in value.items()}
+        case list() | tuple():
+            return [_plain(one) for one in value]
+        case _:
+            return value

@@ -1,0 +1,176 @@
+"""From a configuration to a running coordinator: opens the state, finds or compiles the plan.
+
+A population keeps its plan: the first start compiles the task and stores what came out; later starts
+read it back, and refuse a task whose interface has changed since. Torch is imported here and below.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+import signal
+import time
+from collections.abc import Callable
+
+from fedge.coordinator.compiler import compile_task
+from fedge.coordinator.evaluation import Evaluation, Evaluator
+from fedge.coordinator.release import Releaser
+from fedge.coordinator.server_optimizer import server_optimizer
+from fedge.coordinator.service import Coordinator, Plan
+from fedge.coordinator.settings import Settings
+from fedge.coordinator.store import PlanRecord, Store, VersionRecord
+from fedge.coordinator.task import Task, load_task
+from fedge.coordinator.testset import load_test_set
+from fedge.coordinator.uploads import UploadDesk
+from fedge.coordinator.version_maker import VersionMaker
+from fedge.schemas.blobs import describe
+from fedge.schemas.errors import ConfigError
+from fedge.schemas.logs import EventLog
+from fedge.schemas.plan import PlanManifest
+from fedge.schemas.tensors import Tensors, read_tensors
+
+log = EventLog(__name__)
+
+
+async def serve(settings: Settings) -> None:
+    """Serves until cancelled. SIGHUP makes it look at the store again.
+
+    Raises `ConfigError` for a configuration that does not fit the state or the task.
+    """
+    task = await asyncio.to_thread(load_task, settings.task)
+    with Store.open(settings.state_dir, create=True, serve=True) as store:
+        store.bind_population(settings.population)
+        plan, initial = await asyncio.to_thread(prepare_plan, store, task, settings.chunk_bytes)
+        coordinator = _coordinator(settings, store, task, plan, initial)
+        del initial
+        refreshing: set[asyncio.Task[None]] = set()
+
+        def refresh() -> None:
+            one = asyncio.ensure_future(coordinator.adopt_newest())
+            refreshing.add(one)
+            one.add_done_callback(refreshing.discard)
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, refresh)
+        await coordinator.run()
+
+
+def prepare_plan(store: Store, task: Task, chunk_bytes: int) -> tuple[Plan, Tensors]:
+    """The population's plan: stored by an earlier start, or compiled now and stored.
+
+    With it the initial weights, which are empty where there is a version already.
+
+    Raises `ConfigError` if the task is not the one that the stored plan was compiled from.
+    """
+    fingerprint = fingerprint_of(task)
+    newest = store.newest_version()
+    if newest is not None:
+        record = store.plan(newest.plan_sha256)
+        if record is None or record.task_fingerprint != fingerprint:
+            made_from = "a lost plan" if record is None else f"task {record.task!r}"
+            raise ConfigError(
+                f"this state holds versions of {made_from}, compiled from other settings than "
+                f"task {task.name!r} has now; serve a changed task as a new population with a "
+                "state_dir of its own"
+            )
+        return Plan(PlanManifest.decode(store.blobs.read(record.ref.sha256)), record.ref), {}
+    started = time.monotonic()
+    compiled = compile_task(task)
+    for data in compiled.blobs.values():
+        store.blobs.put(data)
+    ref = describe(compiled.manifest.encode(), chunk_bytes)
+    store.record_plan(PlanRecord(ref, task.name, fingerprint, time.time()))
+    log.info(
+        "plan_compiled",
+        task=task.name,
+        plan=ref.sha256[:12],
+        graphs_bytes=sum(len(data) for data in compiled.blobs.values()),
+        seconds=time.monotonic() - started,
+    )
+    return Plan(compiled.manifest, ref), compiled.initial_weights
+
+
+def fingerprint_of(task: Task) -> str:
+    """A digest of everything about a task that its plan fixes, except the code of the model.
+
+    Changed code is found when a version is exported: torch and the plan then disagree.
+    """
+    model = task.new_model()
+    facts = {
+        "name": task.name,
+        "features": task.features.model_dump(),
+        "target": task.target.model_dump(),
+        "metrics": sorted(task.metrics),
+        "optimizer": repr(task.optimizer),
+        "reduction": task.loss_reduction,
+        "defaults": task.defaults.model_dump(),
+        "tensors": [
+            (name, str(tensor.dtype), list(tensor.shape))
+            for name, tensor in model.state_dict().items()
+        ],
+        "trained": [name for name, p in model.named_parameters() if p.requires_grad],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _coordinator(
+    settings: Settings, store: Store, task: Task, plan: Plan, initial: Tensors
+) -> Coordinator:
+    manifest = plan.manifest
+    plan_files = (manifest.graphs.infer.sha256, manifest.golden.sha256)
+    releaser = Releaser(
+        task.new_model,
+        manifest,
+        {digest: store.blobs.read(digest) for digest in plan_files},
+        chunk_bytes=settings.chunk_bytes,
+    )
+    maker = VersionMaker(
+        blobs=store.blobs,
+        manifest=manifest,
+        plan_sha256=plan.ref.sha256,
+        build=releaser.build,
+        optimizer=server_optimizer(settings.server_optimizer, manifest.weights),
+        initial=initial,
+    )
+    uploads = settings.uploads
+    desk = UploadDesk(
+        settings.state_dir / "uploads",
+        slots=uploads.slots,
+        window=uploads.window,
+        silence_s=uploads.silence_s,
+    )
+    client = f"fedge-{settings.population}.coordinator"
+    rng = random.SystemRandom()
+    return Coordinator(
+        population=settings.population,
+        store=store,
+        plan=plan,
+        maker=maker,
+        desk=desk,
+        control=settings.broker.link(client, rng, receive_maximum=256),
+        bulk=settings.broker.link(f"{client}.bulk", rng, receive_maximum=256),
+        round_settings=settings.round,
+        training=settings.training.over(manifest.defaults),
+        seed=settings.seed,
+        evaluate=_evaluation(settings, store, manifest),
+    )
+
+
+def _evaluation(
+    settings: Settings, store: Store, manifest: PlanManifest
+) -> Callable[[VersionRecord], Evaluation] | None:
+    if settings.evaluation is None:
+        return None
+    evaluator = Evaluator(
+        manifest,
+        store.blobs.read(manifest.graphs.eval.sha256),
+        load_test_set(settings.evaluation.path),
+        threads=settings.evaluation.threads,
+    )
+
+    def evaluate(version: VersionRecord) -> Evaluation:
+        path = store.blobs.path(version.weights.sha256)
+        return evaluator.evaluate(read_tensors(path, manifest.weight_specs))
+
+    return evaluate

@@ -1,0 +1,145 @@
+"""The coordinator's configuration: one TOML file, parsed once, every key known.
+
+Paths are taken from the folder of the file. An unknown key is an error that names the nearest
+known one, since a misspelt `deadline_s` that is silently ignored costs a night.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fedge.coordinator.rounds import RoundPolicy, Strategy, quorum_of
+from fedge.coordinator.server_optimizer import ServerOptimizerConfig, SgdConfig
+from fedge.coordinator.uploads import SAFE_QUEUE_MESSAGES
+from fedge.schemas.blobs import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES, MIN_CHUNK_BYTES
+from fedge.schemas.ids import PopulationName, Seed
+from fedge.schemas.link.broker import BrokerSettings
+from fedge.schemas.plan import TrainingDefaults
+from fedge.schemas.toml_settings import read_toml
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RoundSettings(_Table):
+    """`[round]`: see `RoundPolicy`. `versions`: stop after this many; without it, go on."""
+
+    goal: Annotated[int, Field(ge=1, le=100_000)] = 1
+    quorum: Annotated[int, Field(ge=1)] | None = None
+    over_selection: Annotated[float, Field(ge=1, le=10)] = 1.3
+    gather_s: Annotated[float, Field(ge=0)] = 30.0
+    deadline_s: Annotated[float, Field(gt=0)] = 600.0
+    retry_s: Annotated[float, Field(ge=0)] = 0.0
+    checkin_spread_s: Annotated[float, Field(ge=0)] = 0.0
+    strategy: Strategy = Strategy.FEDAVG
+    versions: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _quorum_within_goal(self) -> RoundSettings:
+        if self.quorum is not None and self.quorum > self.goal:
+            raise ValueError(f"quorum {self.quorum} is above the goal {self.goal}")
+        return self
+
+    @property
+    def policy(self) -> RoundPolicy:
+        """What the round machine is given."""
+        return RoundPolicy(
+            goal=self.goal,
+            quorum=self.quorum or quorum_of(self.goal),
+            over_selection=self.over_selection,
+            gather_s=self.gather_s,
+            deadline_s=self.deadline_s,
+            retry_s=self.retry_s,
+            strategy=self.strategy,
+        )
+
+
+class TrainingSettings(_Table):
+    """`[training]`: what assignments say; what is left out comes from the task's defaults."""
+
+    batch_size: Annotated[int, Field(ge=1, le=65536)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=1e3)] | None = None
+    local_epochs: Annotated[int, Field(ge=0, le=1000)] | None = None
+    local_steps: Annotated[int, Field(ge=0)] | None = None
+    proximal_mu: Annotated[float, Field(ge=0, le=1e3)] | None = None
+
+    def over(self, defaults: TrainingDefaults) -> ResolvedTraining:
+        """These settings where they are set, the plan's defaults elsewhere."""
+        chosen = defaults.model_dump() | self.model_dump(exclude_none=True)
+        return ResolvedTraining(**chosen)
+
+
+class ResolvedTraining(_Table):
+    """What goes into each assignment."""
+
+    batch_size: int
+    learning_rate: float
+    local_epochs: int
+    local_steps: int | None = None
+    proximal_mu: float
+
+
+class UploadSettings(_Table):
+    """`[uploads]`: credit. `slots * window` stays below the broker's queue limit."""
+
+    slots: Annotated[int, Field(ge=1, le=500)] = 16
+    window: Annotated[int, Field(ge=1, le=500)] = 32
+    silence_s: Annotated[float, Field(gt=0)] = 15.0
+
+    @model_validator(mode="after")
+    def _below_the_queue(self) -> UploadSettings:
+        if self.slots * self.window >= SAFE_QUEUE_MESSAGES:
+            raise ValueError(
+                f"slots * window is {self.slots * self.window}; keep it below "
+                f"{SAFE_QUEUE_MESSAGES}, the queue of a broker with default settings"
+            )
+        return self
+
+
+class EvaluationSettings(_Table):
+    """`[evaluation]`: a test set on the coordinator. `path`: an .npz file with `x` and `y`."""
+
+    path: Path
+    every: Annotated[int, Field(ge=1)] = 1
+    threads: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+class Settings(_Table):
+    """The file. `task`: a built-in name, `file.py:attribute` or `package.module:attribute`."""
+
+    population: PopulationName
+    task: str
+    state_dir: Path
+    seed: Seed = 0
+    chunk_bytes: Annotated[int, Field(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)] = DEFAULT_CHUNK_BYTES
+    log_format: Literal["text", "json"] = "text"
+    broker: BrokerSettings = BrokerSettings()
+    round: RoundSettings = RoundSettings()
+    training: TrainingSettings = TrainingSettings()
+    uploads: UploadSettings = UploadSettings()
+    server_optimizer: ServerOptimizerConfig = SgdConfig()
+    evaluation: EvaluationSettings | None = None
+
+
+def load(path: Path) -> Settings:
+    """The settings in `path`. Raises `ConfigError` naming the key, the problem and the way out."""
+    settings = read_toml(path, Settings)
+    return _relative_to(settings, path.parent)
+
+
+def _relative_to(settings: Settings, folder: Path) -> Settings:
+    changes: dict[str, object] = {
+        "state_dir": folder / settings.state_dir,
+        "broker": settings.broker.relative_to(folder),
+    }
+    file, _, attribute = settings.task.rpartition(":")
+    if file.endswith(".py"):
+        changes["task"] = f"{folder / file}:{attribute}"
+    if settings.evaluation is not None:
+        moved = {"path": folder / settings.evaluation.path}
+        changes["evaluation"] = settings.evaluation.model_copy(update=moved)
+    return settings.model_copy(update=changes)

@@ -1,0 +1,161 @@
+"""The database's tables, as SQLAlchemy Core sees them.
+
+Constraints carry the promises: a device contributes to a round at most once because (round,
+device) is a key, and a round makes at most one version because `versions.round` is unique.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Dialect,
+    Double,
+    ForeignKey,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+)
+
+from fedge.schemas.blobs import BlobRef
+from fedge.schemas.messages import LossCurve
+
+SCHEMA_VERSION = 1
+"""Rises with every change below that an older database does not have."""
+
+
+class _Model(TypeDecorator[BaseModel]):
+    """A pydantic model, kept as its JSON text."""
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, kind: type[BaseModel]) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def process_bind_param(self, value: BaseModel | None, dialect: Dialect) -> str | None:
+        return None if value is None else value.model_dump_json()
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> BaseModel | None:
+        return None if value is None else self.kind.model_validate_json(value)
+
+
+def _number(name: str, *constraints: ForeignKey, **kwargs: Any) -> Column[int]:
+    return Column(name, BigInteger, *constraints, autoincrement=False, **kwargs)
+
+
+def _digest(name: str, *constraints: ForeignKey, **kwargs: Any) -> Column[str]:
+    return Column(name, String(64), *constraints, **kwargs)
+
+
+metadata = MetaData()
+
+facts = Table(
+    "facts",
+    metadata,
+    Column("name", String(40), primary_key=True),
+    Column("value", Text, nullable=False),
+)
+"""`schema_version`, and `population`: whose state this is."""
+
+plans = Table(
+    "plans",
+    metadata,
+    _digest("sha256", primary_key=True),
+    Column("ref", _Model(BlobRef), nullable=False),
+    Column("task", String(63), nullable=False),
+    Column("task_fingerprint", Text, nullable=False),
+    Column("created_at", Double, nullable=False),
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    _number("number", primary_key=True),
+    _digest("plan_sha256", ForeignKey("plans.sha256"), nullable=False),
+    _number("base", nullable=True),
+    _number("round", nullable=True, unique=True),
+    Column("weights", _Model(BlobRef), nullable=False),
+    Column("golden", _Model(BlobRef), nullable=False),
+    _digest("model_sha256", nullable=False),
+    _number("model_bytes", nullable=False),
+    _digest("server_state", nullable=True),
+    Column("metrics", JSON, nullable=False),
+    Column("note", Text, nullable=False),
+    Column("created_at", Double, nullable=False),
+)
+
+rounds = Table(
+    "rounds",
+    metadata,
+    _number("number", primary_key=True),
+    _number("base", nullable=False),
+    Column("phase", String(20), nullable=False),
+    _number("goal", nullable=False),
+    _number("quorum", nullable=False),
+    _number("seed", nullable=False),
+    Column("opened_at", Double, nullable=False),
+    Column("gather_until", Double, nullable=False),
+    Column("train_until", Double, nullable=True),
+    Column("closed_at", Double, nullable=True),
+    Column("outcome", String(20), nullable=True),
+    Column("reason", Text, nullable=False),
+    _number("version", nullable=True),
+    CheckConstraint("(phase = 'closed') = (outcome IS NOT NULL)", name="closed_has_an_outcome"),
+)
+
+participants = Table(
+    "participants",
+    metadata,
+    _number("round", ForeignKey("rounds.number"), nullable=False),
+    Column("device", String(63), nullable=False),
+    Column("status", String(20), nullable=False),
+    Column("reason", String(40), nullable=True),
+    Column("detail", Text, nullable=False, default=""),
+    Column("update", _Model(BlobRef), nullable=True),
+    _number("examples", nullable=True),
+    _number("steps", nullable=True),
+    Column("training_s", Double, nullable=True),
+    Column("loss", _Model(LossCurve), nullable=True),
+    Column("metrics", JSON, nullable=True),
+    Column("asked_at", Double, nullable=False),
+    Column("offered_at", Double, nullable=True),
+    Column("decided_at", Double, nullable=True),
+    PrimaryKeyConstraint("round", "device"),
+)
+
+refusals = Table(
+    "refusals",
+    metadata,
+    # A key treats NULLs as different from one another, so "none" is 0 and the empty name.
+    _number("round", nullable=False),
+    Column("device", String(63), nullable=False),
+    Column("reason", String(40), nullable=False),
+    _number("count", nullable=False),
+    Column("last_detail", Text, nullable=False),
+    Column("last_at", Double, nullable=False),
+    PrimaryKeyConstraint("round", "device", "reason"),
+)
+
+devices = Table(
+    "devices",
+    metadata,
+    Column("name", String(63), primary_key=True),
+    Column("first_seen_at", Double, nullable=False),
+    Column("last_seen_at", Double, nullable=False),
+    _number("boot", nullable=True),
+    Column("online", Boolean, nullable=False),
+    _number("examples", nullable=True),
+    _number("version", nullable=True),
+    Column("agent_version", String(40), nullable=True),
+)

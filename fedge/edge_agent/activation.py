@@ -1,0 +1,103 @@
+"""Making a version's `model.onnx` on the device, and the checks before anyone may use it.
+
+The version's weights go into the plan's open `infer` graph, which must give byte for byte the file
+whose digest the coordinator announced; then this device's own runtime must give the coordinator's
+outputs for the golden inputs. A file that failed a check is never at the path that is served.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedge.edge_agent.durable import replace_file
+from fedge.edge_agent.engines.interface import check_infer_graph
+from fedge.edge_agent.engines.onnx_session import RUNTIME_ERRORS, open_session
+from fedge.schemas.errors import ParityFailed, PeerError, PlanRefused, RejectReason
+from fedge.schemas.ids import Digest, sha256
+from fedge.schemas.onnx_wire import embed_weights
+from fedge.schemas.plan import PlanManifest
+from fedge.schemas.tensors import Array, Tensors, check_tensors
+
+_LATENCY_RUNS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What the checks found. `latency_ms`: one example, median of a few runs.
+
+    `largest_difference`: over the golden outputs, of |ours - theirs| / max(1, |theirs|).
+    """
+
+    latency_ms: float
+    largest_difference: float
+
+
+def build_model(
+    manifest: PlanManifest, infer_graph: bytes, weights: Tensors, expected: Digest
+) -> bytes:
+    """The version's `model.onnx`.
+
+    Raises `PlanRefused` for a graph that breaks the rules, `PeerError` (digest_mismatch) if the
+    file is not the announced one.
+    """
+    check_infer_graph(manifest, infer_graph)
+    named = {w.graph_name: weights[w.tensor.name] for w in manifest.weights}
+    model = embed_weights(infer_graph, named)
+    if (actual := sha256(model)) != expected:
+        raise PeerError(
+            RejectReason.DIGEST_MISMATCH,
+            f"the model has the digest {actual[:12]}, the version announces {expected[:12]}",
+        )
+    return model
+
+
+def activate(
+    manifest: PlanManifest,
+    model: bytes,
+    golden_inputs: Tensors,
+    golden_outputs: Tensors,
+    output: Path,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Activation:
+    """Runs the golden inputs through `model`, compares, and puts it at `output`.
+
+    `golden_inputs`: `input`, `golden_outputs`: `output`, as the manifest's specifications say.
+
+    Raises `ParityFailed` if an output differs by more than `parity_tolerance` relative to
+    max(1, |x|), `PeerError` for golden tensors that break the manifest, `PlanRefused` if the model
+    does not run, `StoreError` if it cannot be written. `output` is as it was then.
+    """
+    check_tensors(golden_inputs, [manifest.features.tensor.of("input")])
+    check_tensors(golden_outputs, [manifest.output.of("output")])
+    inputs, theirs = golden_inputs["input"], golden_outputs["output"]
+    session = open_session(model)
+    try:
+        ours = session.run(["output"], {"input": inputs})[0]
+        times_s = []
+        for _ in range(_LATENCY_RUNS):
+            started = clock()
+            session.run(["output"], {"input": inputs[:1]})
+            times_s.append(clock() - started)
+    except RUNTIME_ERRORS as error:
+        raise PlanRefused(f"the version's model does not run here: {error}") from error
+    largest = largest_difference(ours, theirs)
+    # Not `largest > tolerance`: a NaN must fail.
+    if not largest <= manifest.parity_tolerance:
+        raise ParityFailed("golden outputs on this device", largest, manifest.parity_tolerance)
+    replace_file(output, model)
+    return Activation(statistics.median(times_s) * 1000, largest)
+
+
+def largest_difference(ours: Array, theirs: Array) -> float:
+    """The largest |ours - theirs| / max(1, |theirs|); infinite if the shapes differ."""
+    if ours.shape != theirs.shape or ours.size == 0:
+        return float("inf")
+    exact, other = theirs.astype(np.float64), ours.astype(np.float64)
+    return float(np.max(np.abs(other - exact) / np.maximum(1.0, np.abs(exact))))

@@ -1,0 +1,220 @@
+"""`fedge-agent`: the device's command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fedge import __version__
+from fedge.schemas.errors import ConfigError
+from fedge.schemas.logs import set_up_logging
+from fedge.schemas.process import errors_as_exit_status, run_until_stopped
+
+if TYPE_CHECKING:
+    from fedge.edge_agent.settings import Settings
+    from fedge.edge_agent.trainer.process import Trainer
+
+# Imports below are inside the commands: `predict` needs no network code, and `run` no runtime.
+
+_config = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("agent.toml"),
+    show_default=True,
+    help="The agent's TOML file.",
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fedge-agent")
+def cli() -> None:
+    """Trains on this device's own examples and answers with the newest model.
+
+    \b
+    A device needs one file, agent.toml:
+
+    \b
+        population = "digits"            # whose fleet it belongs to
+        device = "pi-kitchen"            # its own name in it
+        state_dir = "state"              # where versions and unsent updates are kept
+        [broker]
+        host = "broker.example"
+        [data]
+        path = "digits.npz"              # arrays x and y; images, IDX and CSV work too
+
+    Exit status: 0 done or stopped, 1 failed, 2 asked wrongly.
+    """
+
+
+@cli.command()
+@_config
+def run(config_path: Path) -> None:
+    """Serve until stopped: follow the versions, train when asked, send only differences."""
+    from fedge.edge_agent.agent import EdgeAgent  # noqa: PLC0415 -- see the top of the file
+
+    settings = _load(config_path)
+    set_up_logging(settings.log_format)
+
+    async def work() -> None:
+        trainer = _trainer(settings, workers=1)
+        try:
+            await EdgeAgent(settings, trainer, random.SystemRandom()).run()
+        finally:
+            await trainer.close()
+
+    run_until_stopped(work)
+
+
+@cli.command()
+@_config
+@click.option("--devices", type=click.IntRange(1, 10_000), required=True, help="How many.")
+@click.option(
+    "--split",
+    default="iid",
+    show_default=True,
+    help="How the data is divided: iid, shards, dirichlet:ALPHA, weighted:W1,W2,…",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    help="Training processes that the devices share.",
+)
+def fleet(config_path: Path, devices: int, split: str, seed: int, workers: int) -> None:
+    """Host many virtual devices in this process, on one data set divided among them."""
+    from fedge.edge_agent.fleet import run_fleet, virtual_devices  # noqa: PLC0415 -- as above
+
+    settings = _load(config_path)
+    set_up_logging(settings.log_format)
+    each = virtual_devices(settings, devices, split, seed)
+
+    async def work() -> None:
+        trainer = _trainer(settings, workers)
+        try:
+            await run_fleet(each, trainer, seed)
+        finally:
+            await trainer.close()
+
+    run_until_stopped(work)
+
+
+@cli.command()
+@click.argument("example")
+@_config
+@click.option("--top", type=click.IntRange(1, 100), default=3, show_default=True)
+@_json
+def predict(example: str, config_path: Path, top: int, as_json: bool) -> None:
+    """Classify EXAMPLE with the version in use; needs neither network nor a running agent.
+
+    EXAMPLE is an image file, or numbers with commas between them for a task on tables.
+    """
+    from fedge.edge_agent.library import Library  # noqa: PLC0415 -- as above
+    from fedge.edge_agent.predictor import Predictor, read_example  # noqa: PLC0415 -- as above
+    from fedge.schemas.plan import PlanManifest  # noqa: PLC0415 -- as above
+
+    active = Library(_load(config_path).state_dir).active()
+    if active is None:
+        raise ConfigError("no version is in use yet: run `fedge-agent run` until one was fetched")
+    manifest = PlanManifest.decode(active.manifest.read_bytes())
+    predictor = Predictor(active.model, manifest)
+    prediction = predictor.predict(read_example(example, manifest), top=top)
+    if as_json:
+        click.echo(json.dumps({"version": active.version, **prediction.as_dict()}))
+    else:
+        click.echo(f"{prediction.sentence()} (version {active.version})")
+
+
+@cli.command()
+@_config
+@_json
+def status(config_path: Path, as_json: bool) -> None:
+    """Show the version in use, what waits to be sent, and the rounds this device took part in."""
+    from fedge.edge_agent.library import Library  # noqa: PLC0415 -- as above
+    from fedge.edge_agent.state import AgentState  # noqa: PLC0415 -- as above
+
+    settings = _load(config_path)
+    active = Library(settings.state_dir).active()
+    with contextlib.closing(AgentState(settings.state_dir / "agent.sqlite")) as memory:
+        ledger, waiting = memory.ledger(), memory.outbox()
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "device": settings.device,
+                    "version": None if active is None else active.version,
+                    "model": None if active is None else str(active.model),
+                    "waiting": sorted(waiting),
+                    "rounds": [
+                        {"round": p.round, "base": p.base, "examples": p.examples,
+                         "status": p.status, "reason": p.reason, "training_s": p.training_s,
+                         "upload_bytes": p.upload_bytes}
+                        for p in ledger
+                    ],
+                }
+            )
+        )  # fmt: skip
+        return
+    click.echo(f"device   {settings.device} of {settings.population}")
+    in_use = "none yet" if active is None else f"{active.version}  {active.model}"
+    click.echo(f"version  {in_use}")
+    click.echo(f"waiting  {len(waiting)} updates without a receipt")
+    for line in ledger[-10:]:
+        reason = f" ({line.reason})" if line.reason else ""
+        click.echo(
+            f"round {line.round}: {line.status}{reason}, {line.examples} examples, "
+            f"{line.training_s:.1f} s of training, {line.upload_bytes} bytes"
+        )
+
+
+@cli.group()
+def data() -> None:
+    """Look at and divide data sets."""
+
+
+@data.command()
+@click.option("--source", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--scheme", default="iid", show_default=True, help="As `fleet --split`.")
+@click.option("--parts", type=click.IntRange(1, 65536), required=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many examples.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
+@_json
+def split(
+    source: Path, scheme: str, parts: int, seed: int, limit: int | None, out: Path, as_json: bool
+) -> None:
+    """Divide a data set into part-0.npz, part-1.npz, … as if it were on as many devices."""
+    from fedge.edge_agent.data import DataConfig, split_to_files  # noqa: PLC0415 -- as above
+
+    paths = split_to_files(DataConfig(path=source, limit=limit), scheme, parts, seed, out)
+    if as_json:
+        click.echo(json.dumps([str(path) for path in paths]))
+    else:
+        click.echo("\n".join(str(path) for path in paths))
+
+
+def main() -> None:
+    """The entry point of `fedge-agent`."""
+    with errors_as_exit_status():
+        cli()
+
+
+def _load(config_path: Path) -> Settings:
+    from fedge.edge_agent.settings import load  # noqa: PLC0415 -- as above
+
+    return load(config_path)
+
+
+def _trainer(settings: Settings, workers: int) -> Trainer:
+    from fedge.edge_agent.trainer.process import TrainerPool, TrainerProcess  # noqa: PLC0415 -- as above
+
+    limits = settings.trainer.limits
+    return TrainerProcess(limits) if workers == 1 else TrainerPool(workers, limits)

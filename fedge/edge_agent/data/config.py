@@ -1,0 +1,104 @@
+"""What an agent's `[data]` table says: where the examples lie and how to read them.
+
+It knows names and numbers only; files are opened by `sources`, and whether their content fits is
+found there.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from fedge.edge_agent.data.partition import parse_scheme
+from fedge.schemas.errors import ConfigError
+
+
+class DataFormat(StrEnum):
+    """How examples are stored."""
+
+    AUTO = "auto"
+    """A folder holds images; a file is known by its ending or by its first bytes."""
+    IMAGES = "images"
+    """A folder of image files and a CSV file with the columns `file` and `label`."""
+    IDX = "idx"
+    """Two IDX files (MNIST's format), plain or gzipped: inputs at `path`, labels at `targets`."""
+    NPZ = "npz"
+    """One numpy archive with two arrays of equal length."""
+    CSV = "csv"
+    """One table of numbers, one example a line."""
+
+
+Column = Annotated[int | str, Field(union_mode="left_to_right")]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PartitionConfig(_Frozen):
+    """This device's share of a data set that several virtual devices use.
+
+    All of them name the same `scheme`, `of` and `seed`; each has its own `index`, 0 to `of` - 1.
+    """
+
+    scheme: str = "iid"
+    index: Annotated[int, Field(ge=0)]
+    of: Annotated[int, Field(ge=1, le=65536)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @field_validator("scheme")
+    @classmethod
+    def _known_scheme(cls, text: str) -> str:
+        try:
+            parse_scheme(text)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return text
+
+    @model_validator(mode="after")
+    def _index_is_a_part(self) -> Self:
+        if self.index >= self.of:
+            raise ValueError(f"index {self.index} of {self.of} parts: use 0 to {self.of - 1}")
+        return self
+
+
+class DataConfig(_Frozen):
+    """The `[data]` table.
+
+    `path`: the folder of images or the file of inputs. `limit`: only the first `limit` examples
+    of the data set, counted before `partition`.
+
+    Images: `labels` is the CSV file, within the folder unless absolute. IDX: `targets` is the file
+    of labels; without it, the file beside `path` with `labels-idx1` for `images-idx3`.
+    npz: `inputs_key` and `targets_key`; without them `x` and `y`, or `inputs` and `targets`.
+    CSV: `target_columns` by name or by position (negative counts from the end),
+    `ignore_columns` likewise; `header` is true, false, or "auto": a first line with a cell that is
+    no number is one.
+    """
+
+    path: Path
+    format: DataFormat = DataFormat.AUTO
+    labels: Path = Path("labels.csv")
+    targets: Path | None = None
+    inputs_key: str | None = None
+    targets_key: str | None = None
+    target_columns: Annotated[tuple[Column, ...], Field(min_length=1)] = (-1,)
+    ignore_columns: tuple[Column, ...] = ()
+    header: bool | Literal["auto"] = "auto"
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    limit: Annotated[int, Field(ge=1)] | None = None
+    partition: PartitionConfig | None = None
+
+    @model_validator(mode="after")
+    def _both_keys_or_none(self) -> Self:
+        if (self.inputs_key is None) != (self.targets_key is None):
+            raise ValueError("set both inputs_key and targets_key, or neither")
+        return self
+
+    def relative_to(self, folder: Path) -> DataConfig:
+        """The same configuration with relative `path` and `targets` taken from `folder`."""
+        targets = None if self.targets is None else folder / self.targets
+        return self.model_copy(update={"path": folder / self.path, "targets": targets})

@@ -1,0 +1,217 @@
+"""The examples of one device: a data set, its first rows, this device's part of them.
+
+A source is one format's data set: it tells its length and its targets, and gives the inputs of
+chosen rows, so that a device which has a tenth of a data set reads a tenth of its inputs where
+the format allows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedge.edge_agent.data.config import DataConfig, DataFormat
+from fedge.edge_agent.data.idx import is_idx, read_idx
+from fedge.edge_agent.data.images import read_images
+from fedge.edge_agent.data.npz import choose_keys, read_array, read_length
+from fedge.edge_agent.data.partition import Indices, Scheme, partition
+from fedge.edge_agent.data.table import Layout, count_rows, read_labels, read_table
+from fedge.schemas.errors import ConfigError, StoreError
+
+RawArray = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Inputs and targets as the device has them, first dimension: examples.
+
+    `raw_inputs` may be a read-only map of a file.
+    """
+
+    raw_inputs: RawArray
+    raw_targets: RawArray
+
+    def __len__(self) -> int:
+        return len(self.raw_targets)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One opened data set of `length` examples, cut to `DataConfig.limit`."""
+
+    length: int
+    read_targets: Callable[[], RawArray]
+    read_inputs: Callable[[slice | Indices], RawArray]
+
+
+def open_examples(config: DataConfig) -> Examples:
+    """This device's examples.
+
+    Raises `ConfigError` if the configuration does not fit what is there, `StoreError` if a file is
+    damaged or unreadable; both name the file and, for text, the line.
+    """
+    source = _open_source(config)
+    targets = source.read_targets()
+    rows = _own_rows(config, targets)
+    inputs = source.read_inputs(rows)
+    return Examples(_native(inputs), _native(targets[rows]))
+
+
+def count_examples(config: DataConfig) -> int:
+    """How many examples `open_examples` would return, without reading inputs where possible.
+
+    Raises as `open_examples` does, for what it looks at.
+    """
+    source = _open_source(config)
+    if config.partition is None:
+        return source.length
+    rows = _own_rows(config, source.read_targets())
+    return source.length if isinstance(rows, slice) else len(rows)
+
+
+def split_to_files(
+    config: DataConfig, scheme: str | Scheme, parts: int, seed: int, out: Path
+) -> list[Path]:
+    """Writes the examples of `config` as `part-0.npz`, `part-1.npz`, … into `out`; their paths.
+
+    Each file holds `x` and `y` and is replaced whole. Raises as `open_examples` and `partition`,
+    `StoreError` if a file cannot be written.
+    """
+    examples = open_examples(config)
+    chosen = partition(examples.raw_targets, scheme, parts, seed)
+    paths = [out / f"part-{number}.npz" for number in range(parts)]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path, rows in zip(paths, chosen, strict=True):
+            partial = path.with_suffix(".npz.partial")
+            with partial.open("wb") as file:
+                np.savez(file, x=examples.raw_inputs[rows], y=examples.raw_targets[rows])
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+    except OSError as error:
+        raise StoreError(f"cannot write the parts to {out}: {error}") from error
+    return paths
+
+
+def _own_rows(config: DataConfig, targets: RawArray) -> slice | Indices:
+    share = config.partition
+    if share is None:
+        return slice(len(targets))
+    return partition(targets, share.scheme, share.of, share.seed)[share.index]
+
+
+def _native(values: RawArray) -> RawArray:
+    """The same array if it is in this machine's byte order, otherwise a copy that is."""
+    return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
+
+
+def _open_source(config: DataConfig) -> _Source:
+    data_format = config.format
+    if data_format is DataFormat.AUTO:
+        data_format = _recognise(config.path)
+    elif not config.path.exists():
+        raise ConfigError(f"no examples at {config.path}: set `path` in the table [data]")
+    match data_format:
+        case DataFormat.IMAGES:
+            return _image_source(config)
+        case DataFormat.IDX:
+            return _idx_source(config)
+        case DataFormat.NPZ:
+            return _npz_source(config)
+        case DataFormat.CSV:
+            return _csv_source(config)
+        case _:
+            raise AssertionError(data_format)
+
+
+def _recognise(path: Path) -> DataFormat:
+    if path.is_dir():
+        return DataFormat.IMAGES
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except FileNotFoundError as error:
+        raise ConfigError(f"no examples at {path}: set `path` in the table [data]") from error
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error})") from error
+    if path.suffix.lower() == ".npz" or start == b"PK\3\4":
+        return DataFormat.NPZ
+    if path.suffix.lower() == ".csv":
+        return DataFormat.CSV
+    if is_idx(start):
+        return DataFormat.IDX
+    raise ConfigError(f"{path}: unknown kind of file; set `format` to images, idx, npz or csv")
+
+
+def _idx_source(config: DataConfig) -> _Source:
+    targets_path = config.targets or _idx_targets_beside(config.path)
+    inputs, targets = read_idx(config.path), read_idx(targets_path)
+    _check_lengths(config.path, len(inputs), targets_path, len(targets))
+    length = _limited(config, len(inputs))
+    inputs, targets = inputs[:length], targets[:length]
+    return _Source(length, lambda: targets, lambda rows: inputs[rows])
+
+
+def _idx_targets_beside(path: Path) -> Path:
+    name = path.name.replace("images", "labels").replace("idx3", "idx1")
+    beside = path.with_name(name)
+    if name == path.name or not beside.is_file():
+        raise ConfigError(f"{path}: set `targets` to the IDX file of its labels")
+    return beside
+
+
+def _npz_source(config: DataConfig) -> _Source:
+    path = config.path
+    x, y = choose_keys(path, config.inputs_key, config.targets_key)
+    whole = read_length(path, x)
+    _check_lengths(f"{path}: {x}", whole, y, read_length(path, y))
+    length = _limited(config, whole)
+    return _Source(
+        length,
+        lambda: read_array(path, y)[:length],
+        lambda rows: read_array(path, x)[:length][rows],
+    )
+
+
+def _csv_source(config: DataConfig) -> _Source:
+    layout = Layout(config.target_columns, config.ignore_columns, config.header, config.delimiter)
+    length = _limited(config, count_rows(config.path, layout))
+    read: list[tuple[RawArray, RawArray]] = []
+
+    def table() -> tuple[RawArray, RawArray]:
+        if not read:  # inputs and targets are in one file: parse it once, and only if needed
+            read.append(read_table(config.path, layout, config.limit))
+        return read[0]
+
+    return _Source(length, lambda: table()[1], lambda rows: table()[0][rows])
+
+
+def _image_source(config: DataConfig) -> _Source:
+    if not config.path.is_dir():
+        raise ConfigError(f"{config.path} is not a folder of images: set `path` or `format`")
+    names, labels = read_labels(config.path / config.labels)
+    length = _limited(config, len(names))
+    paths = np.array([str(config.path / name) for name in names[:length]], object)
+    return _Source(
+        length,
+        lambda: labels[:length],
+        lambda rows: read_images([Path(path) for path in paths[rows]]),
+    )
+
+
+def _limited(config: DataConfig, length: int) -> int:
+    return length if config.limit is None else min(length, config.limit)
+
+
+def _check_lengths(x: object, inputs: int, y: object, targets: int) -> None:
+    if inputs != targets:
+        raise ConfigError(
+            f"{x} has {inputs} examples, {y} has {targets}: they do not belong together"
+        )

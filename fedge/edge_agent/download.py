@@ -1,0 +1,138 @@
+"""Fetching blobs: the broker's retained chunks are the distribution, the coordinator the last resort.
+
+Chunks are asked for by exact topic, a window at a time, verified one by one and written where they
+belong. What is half here when the power goes is verified and kept at the next start. If nothing
+comes for a while, the coordinator is asked to publish what is missing once more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from itertools import islice
+
+from fedge.schemas.blob_files import BlobDirectory, PartialBlob
+from fedge.schemas.blobs import BlobRef, ChunkSet
+from fedge.schemas.errors import PeerError
+from fedge.schemas.link.protocol import Link
+from fedge.schemas.logs import EventLog
+from fedge.schemas.messages import Need
+from fedge.schemas.topics import Topics
+
+log = EventLog(__name__)
+
+WINDOW_CHUNKS = 32
+"""Chunks subscribed to at a time: enough to hide the broker's answer time, 2 MiB at the most."""
+PATIENCE_S = 10.0
+"""After so long without a new chunk the coordinator is asked."""
+
+
+class Downloads:
+    """The downloads of one device over its bulk link. One blob at a time, in the order asked.
+
+    `ask`: publishes a `Need` to the coordinator.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        topics: Topics,
+        blobs: BlobDirectory,
+        ask: Callable[[Need], Awaitable[None]],
+        *,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self._link = link
+        self._topics = topics
+        self._blobs = blobs
+        self._ask = ask
+        self._patience_s = patience_s
+        self._turn = asyncio.Lock()
+        self._current: PartialBlob | None = None
+        self._progress = asyncio.Event()
+        self.received_bytes = 0
+
+    async def fetch(self, refs: Iterable[BlobRef]) -> None:
+        """Returns when every blob is in the directory, verified. Cancel it to give up.
+
+        Raises `StoreError` if the disk refuses; whatever the network does only makes it wait.
+        """
+        for ref in refs:
+            async with self._turn:
+                if not self._blobs.has(ref.sha256):
+                    await self._fetch_one(ref)
+
+    def received(self, sha256: str, index: int, payload: bytes) -> None:
+        """Feeds a chunk that came over the link. A wrong or unwanted one changes nothing."""
+        partial = self._current
+        if partial is None or partial.receiver.ref.sha256 != sha256 or not payload:
+            return
+        try:
+            fresh = partial.receiver.receive(index, payload)
+        except PeerError as error:
+            log.warning("chunk_refused", sha256=sha256[:12], chunk=index, reason=error.reason.value)
+            return
+        if fresh:
+            self.received_bytes += len(payload)
+            self._progress.set()
+
+    async def _fetch_one(self, ref: BlobRef) -> None:
+        while True:
+            partial = self._blobs.open_partial(ref)
+            self._current = partial
+            try:
+                await self._fetch_chunks(ref, partial)
+                # Hashing and fsync of megabytes: off the event loop, so that it keeps answering.
+                await asyncio.to_thread(partial.commit)
+            except PeerError as error:
+                # Every chunk had its digest and the whole has not: begin again from nothing.
+                log.warning("blob_refused", sha256=ref.sha256[:12], reason=error.reason.value)
+                continue
+            finally:
+                self._current = None
+                partial.close()
+            return
+
+    async def _fetch_chunks(self, ref: BlobRef, partial: PartialBlob) -> None:
+        receiver = partial.receiver
+        subscribed: set[int] = set()
+        try:
+            while not receiver.complete:
+                arrived = {index for index in subscribed if index in receiver.held}
+                # Half a window at a time, so that asking and arriving overlap.
+                if len(subscribed) - len(arrived) <= WINDOW_CHUNKS // 2:
+                    subscribed -= arrived
+                    await self._unsubscribe(ref, arrived)
+                    wanted = (i for i in receiver.held.missing() if i not in subscribed)
+                    fresh = list(islice(wanted, WINDOW_CHUNKS - len(subscribed)))
+                    if fresh:
+                        subscribed.update(fresh)
+                        await self._link.subscribe(*self._names(ref, fresh))
+                await self._wait_for_progress(ref, receiver.held)
+        finally:
+            await self._unsubscribe(ref, subscribed)
+
+    async def _wait_for_progress(self, ref: BlobRef, held: ChunkSet) -> None:
+        if held.complete:
+            return
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await self._progress.wait()
+        except TimeoutError:
+            if self._link.connected:
+                log.info(
+                    "chunks_missing", sha256=ref.sha256[:12], held=len(held), of=ref.chunk_count
+                )
+                missing = ChunkSet(ref.chunk_count, held.missing())
+                await self._ask(
+                    Need(sha256=ref.sha256, missing=missing.encode(), chunk_count=ref.chunk_count)
+                )
+        self._progress.clear()
+
+    async def _unsubscribe(self, ref: BlobRef, indexes: Iterable[int]) -> None:
+        names = self._names(ref, indexes)
+        if names:
+            await self._link.unsubscribe(*names)
+
+    def _names(self, ref: BlobRef, indexes: Iterable[int]) -> list[str]:
+        return [self._topics.chunk(ref.sha256, index) for index in sorted(indexes)]

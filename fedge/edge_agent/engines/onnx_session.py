@@ -1,0 +1,79 @@
+"""Opening onnxruntime sessions the way a small device wants them.
+
+One thread unless told otherwise, no spinning while a thread waits, no memory arena: the arena
+keeps the high-water mark of every batch, and a device would rather have the memory back. Only the
+CPU provider: it is the one that is everywhere.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import (
+    EPFail,
+    Fail,
+    InvalidArgument,
+    InvalidGraph,
+    InvalidProtobuf,
+    NoSuchFile,
+    NotImplemented,  # noqa: A004 -- onnxruntime's name for an operator without a kernel
+    RuntimeException,
+)
+
+from fedge.schemas.errors import PlanRefused
+
+RUNTIME_ERRORS = (
+    EPFail,
+    Fail,
+    InvalidArgument,
+    InvalidGraph,
+    InvalidProtobuf,
+    NoSuchFile,
+    NotImplemented,
+    RuntimeException,
+    RuntimeError,
+    ValueError,
+    MemoryError,
+)
+"""What onnxruntime raises: it has no common base class, and plain errors where it binds arrays."""
+
+_FATAL_ONLY = 4
+
+_DTYPES: dict[str, npt.DTypeLike] = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+def open_session(graph: bytes | str, *, threads: int = 1) -> onnxruntime.InferenceSession:
+    """A session for `graph`: a serialised model, or the path of one.
+
+    Raises `PlanRefused` if onnxruntime cannot load it.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = _FATAL_ONLY
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except RUNTIME_ERRORS as error:
+        raise PlanRefused(f"onnxruntime cannot load the graph: {error}") from error
+
+
+def dtype_of(argument: onnxruntime.NodeArg) -> np.dtype[np.generic]:
+    """The numpy type of a graph input or output. Raises `PlanRefused` for one that plans lack."""
+    try:
+        return np.dtype(_DTYPES[argument.type])
+    except KeyError as error:
+        raise PlanRefused(
+            f"{argument.name} is a {argument.type}; plans have tensors only"
+        ) from error

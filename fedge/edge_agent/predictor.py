@@ -1,0 +1,157 @@
+"""Predictions from the active `model.onnx`, for applications on the device.
+
+An application gives what it has: an image file, an array, a row of numbers. The plan's manifest
+says how that becomes the model's input, by the same specification as in training, and what the
+output means. One thread, one example at a time; nothing here learns or sends.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from fedge.edge_agent.engines.onnx_session import RUNTIME_ERRORS, open_session
+from fedge.schemas.errors import ConfigError, PlanRefused, StoreError, TrainingFailed
+from fedge.schemas.features import ClassTarget, ImageFeatures, TabularFeatures
+from fedge.schemas.plan import PlanManifest
+from fedge.schemas.tensors import Array, check_tensors
+
+RawExample = bytes | Path | Array | Sequence[float]
+"""An encoded image, the path of one, pixels or columns as an array, or a row of numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """One class and its probability, 0 to 1."""
+
+    label: str
+    index: int
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClassPrediction:
+    """The classes by falling probability, at most `top` of them, at least one.
+
+    Probabilities are the softmax of the model's outputs, which leaves log-probabilities as they
+    are and turns logits into probabilities.
+    """
+
+    likelihoods: tuple[Likelihood, ...]
+
+    @property
+    def label(self) -> str:
+        """Of the likeliest class: the manifest's label, or its number."""
+        return self.likelihoods[0].label
+
+    @property
+    def index(self) -> int:
+        """Of the likeliest class."""
+        return self.likelihoods[0].index
+
+
+@dataclass(frozen=True, slots=True)
+class ValuePrediction:
+    """The model's numbers."""
+
+    values: tuple[float, ...]
+
+
+Prediction = ClassPrediction | ValuePrediction
+
+
+class Predictor:
+    """The model at `model_path`, an activated file, which `manifest`'s plan made.
+
+    Raises `StoreError` if there is no such file, `PlanRefused` if onnxruntime cannot load it or
+    its interface is not the plan's.
+    """
+
+    def __init__(self, model_path: Path, manifest: PlanManifest) -> None:
+        if not model_path.is_file():
+            raise StoreError(f"there is no model at {model_path}: no version is active yet")
+        self._manifest = manifest
+        self._session = open_session(str(model_path))
+        inputs = [argument.name for argument in self._session.get_inputs()]
+        outputs = [argument.name for argument in self._session.get_outputs()]
+        if (inputs, outputs) != (["input"], ["output"]):
+            raise PlanRefused(f"{model_path} takes {inputs} and gives {outputs}: no plan made it")
+
+    def predict(self, raw: RawExample, *, top: int = 3) -> Prediction:
+        """The prediction for one example.
+
+        Raises `ConfigError` if `raw` is not what the task takes, saying what that is;
+        `PlanRefused` if the model fails.
+        """
+        inputs = encode_example(raw, self._manifest)
+        try:
+            output: Array = self._session.run(["output"], {"input": inputs})[0]
+        except RUNTIME_ERRORS as error:
+            raise PlanRefused(f"the model could not be run: {error}") from error
+        check_tensors({"output": output}, [self._manifest.output.of("output")])
+        return interpret(output[0], self._manifest, top=top)
+
+
+def encode_example(raw: RawExample, manifest: PlanManifest) -> npt.NDArray[np.float32]:
+    """One example as the model's input, `[1, …]`. Raises `ConfigError` if it does not fit."""
+    features = manifest.features
+    match features:
+        case ImageFeatures():
+            pixels = _pixels(raw, features)
+        case TabularFeatures():
+            pixels = _row(raw, features)
+    try:
+        return features.encode(pixels[np.newaxis])
+    except TrainingFailed as error:  # the specification's word for "does not fit"
+        raise ConfigError(f"this example is not what the task takes: {error}") from error
+
+
+def interpret(output: Array, manifest: PlanManifest, *, top: int) -> Prediction:
+    """What the output of one example, without the batch dimension, means."""
+    numbers = output.reshape(-1).astype(np.float64)
+    target = manifest.target
+    if not isinstance(target, ClassTarget):
+        return ValuePrediction(tuple(float(number) for number in numbers))
+    if len(numbers) != target.classes:
+        raise PlanRefused(f"the model gives {len(numbers)} numbers for {target.classes} classes")
+    powers = np.exp(numbers - numbers.max())
+    probabilities = powers / powers.sum()
+    order = np.argsort(-probabilities, kind="stable")[: max(1, top)]
+    labels = target.labels or tuple(str(index) for index in range(target.classes))
+    return ClassPrediction(
+        tuple(Likelihood(labels[i], int(i), float(probabilities[i])) for i in order)
+    )
+
+
+def _pixels(raw: RawExample, features: ImageFeatures) -> Array:
+    """`[height, width, channels]` from 0 to `raw_max`; an array is taken as it is."""
+    if not isinstance(raw, bytes | Path):
+        return np.asarray(raw)
+    name = "the image" if isinstance(raw, bytes) else str(raw)
+    try:
+        with Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw) as image:
+            image = image.convert("L" if features.channels == 1 else "RGB")
+            if image.size != (features.width, features.height):
+                size = (features.width, features.height)
+                image = image.resize(size, Image.Resampling.BILINEAR)
+            pixels = np.asarray(image, np.float32)
+    except UnidentifiedImageError as error:
+        raise ConfigError(f"{name} is not an image in a known format (PNG, JPEG, …)") from error
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{name} cannot be read: {error}") from error
+    return pixels * np.float32(features.raw_max / 255.0)
+
+
+def _row(raw: RawExample, features: TabularFeatures) -> Array:
+    if isinstance(raw, bytes | Path):
+        raise ConfigError(f"this task takes a row of {features.columns} numbers, not a file")
+    try:
+        return np.asarray(raw, np.float32).reshape(-1)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"a row of {features.columns} numbers, please: {error}") from error

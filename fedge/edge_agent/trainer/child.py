@@ -1,0 +1,236 @@
+"""The training process: reads jobs from stdin, one a line, and answers on stdout.
+
+It keeps the last plan's engine, so the next round starts at once. It ends when its stdin does,
+in the midst of a job too, so it cannot outlive an agent that was killed. A failure that it
+understands is an answer; any other is a crash, and the agent starts a new process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from pydantic import ValidationError
+
+from fedge.edge_agent.data.examples import count_examples, open_examples
+from fedge.edge_agent.durable import replace_file
+from fedge.edge_agent.engines import EngineName, choose_engine, open_engine
+from fedge.edge_agent.engines.protocol import Engine
+from fedge.edge_agent.trainer.jobs import (
+    MAX_LINE_BYTES,
+    Activated,
+    ActivateJob,
+    Answer,
+    Counted,
+    CountJob,
+    Failed,
+    Job,
+    Progressed,
+    Trained,
+    TrainJob,
+    decode_job,
+)
+from fedge.edge_agent.training import Progress, no_training, train
+from fedge.schemas.blobs import describe
+from fedge.schemas.errors import FedgeError, StoreError, TrainingFailed
+from fedge.schemas.ids import Digest
+from fedge.schemas.plan import PlanManifest
+from fedge.schemas.tensors import encode_tensors, read_tensors
+
+log = logging.getLogger(__name__)
+
+_PROGRESS_INTERVAL_S = 0.5
+_PR_SET_PDEATHSIG = 1
+"""linux/prctl.h"""
+
+Say = Callable[[Answer], None]
+
+
+class Worker:
+    """Does jobs one after another. Knows files, and neither pipes nor processes."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._engine: Engine | None = None
+        self._engine_key: tuple[Digest, EngineName, int] | None = None
+
+    def do(self, job: Job, say: Say) -> Answer:
+        """The answer to `job`; what happens meanwhile goes to `say`. Raises `FedgeError`."""
+        match job:
+            case TrainJob():
+                return self._train(job, say)
+            case ActivateJob():
+                return _activate(job)
+            case CountJob():
+                return Counted(examples=count_examples(job.data))
+
+    def _train(self, job: TrainJob, say: Say) -> Trained:
+        manifest = PlanManifest.decode(_read(job.manifest))
+        examples = open_examples(job.data)
+        chosen: EngineName | None = None
+        if job.settings.steps(len(examples)) == 0:
+            result = no_training(manifest, len(examples))
+        else:
+            chosen = choose_engine(job.engine)
+            engine = self._engine_for(job, manifest, chosen)
+            weights = read_tensors(job.weights, manifest.weight_specs)
+            result = train(
+                engine,
+                manifest,
+                weights,
+                examples,
+                job.settings,
+                on_step=_throttled(say, self._clock),
+            )
+            del weights
+        update = encode_tensors(result.delta)
+        replace_file(job.output, update)
+        return Trained(
+            update=describe(update),
+            examples=result.examples,
+            steps=result.steps,
+            loss=result.loss,
+            metrics=dict(result.metrics),
+            training_s=result.training_s,
+            engine=chosen,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
+    def _engine_for(self, job: TrainJob, manifest: PlanManifest, chosen: EngineName) -> Engine:
+        key = (manifest.digest, chosen, job.threads)
+        if self._engine is None or key != self._engine_key:
+            # The old plan's memory goes first: two at a time may not fit.
+            self._engine = None
+            graph = _read(job.train_graph)
+            self._engine = open_engine(chosen, manifest, graph, threads=job.threads)
+            self._engine_key = key
+        return self._engine
+
+
+def _activate(job: ActivateJob) -> Activated:
+    # Only here: activation needs onnxruntime, training with torch does not.
+    from fedge.edge_agent.activation import activate, build_model  # noqa: PLC0415
+
+    manifest = PlanManifest.decode(_read(job.manifest))
+    weights = read_tensors(job.weights, manifest.weight_specs)
+    model = build_model(manifest, _read(job.infer_graph), weights, job.model_sha256)
+    del weights
+    done = activate(
+        manifest,
+        model,
+        read_tensors(job.golden_inputs),
+        read_tensors(job.golden_outputs),
+        job.output,
+    )
+    return Activated(latency_ms=done.latency_ms, largest_difference=done.largest_difference)
+
+
+def _throttled(say: Say, clock: Callable[[], float]) -> Callable[[Progress], None]:
+    next_s = clock()
+
+    def on_step(progress: Progress) -> None:
+        nonlocal next_s
+        if clock() >= next_s:
+            next_s = clock() + _PROGRESS_INTERVAL_S
+            say(
+                Progressed(
+                    epoch=progress.epoch,
+                    step=progress.step,
+                    steps=progress.steps,
+                    loss=progress.loss,
+                )
+            )
+
+    return on_step
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error}") from error
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had resident since it started."""
+    # Linux' getrusage counts what the parent had when it forked; VmHWM is this program's own.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main() -> None:
+    """Runs until stdin ends."""
+    parser = argparse.ArgumentParser(prog="python -m fedge.edge_agent.trainer")
+    parser.add_argument("--nice", type=int, default=0)
+    parser.add_argument("--memory-limit-bytes", type=int, default=None)
+    arguments = parser.parse_args()
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    _end_with_the_parent()
+    # Control-C reaches the whole terminal; when to end is the agent's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(arguments.nice)
+    if arguments.memory_limit_bytes is not None:
+        # Private writable memory. Address space (RLIMIT_AS) says little: runtimes reserve it.
+        resource.setrlimit(resource.RLIMIT_DATA, (arguments.memory_limit_bytes,) * 2)
+    answers = _take_stdout()
+
+    def say(answer: Answer) -> None:
+        answers.write(answer.encode())
+        answers.flush()
+
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read_lines, args=(lines,), name="jobs", daemon=True).start()
+    worker = Worker()
+    while True:
+        say(_answer(worker, lines.get(), say))
+
+
+def _answer(worker: Worker, line: bytes, say: Say) -> Answer:
+    try:
+        job = decode_job(line)
+    except ValidationError as error:
+        return Failed.of(TrainingFailed(f"a job that cannot be read: {error}"))
+    try:
+        return worker.do(job, say)
+    except FedgeError as error:
+        log.warning("%s_failed %s: %s", job.job, type(error).__name__, error)
+        return Failed.of(error)
+    except MemoryError as error:
+        log.warning("%s_failed out of memory", job.job)
+        return Failed.of(TrainingFailed(f"the job needs more memory than it may have: {error}"))
+
+
+def _read_lines(lines: queue.SimpleQueue[bytes]) -> None:
+    while line := sys.stdin.buffer.readline(MAX_LINE_BYTES):
+        lines.put(line)
+    # The agent is gone or wants no more, and nobody would read an answer: end within a job too.
+    os._exit(0)
+
+
+def _take_stdout() -> BinaryIO:
+    """The real stdout for answers only; what a library prints goes to stderr instead."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return answers
+
+
+def _end_with_the_parent() -> None:
+    # The end of stdin does this too; the kernel does it even if a job holds the interpreter.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

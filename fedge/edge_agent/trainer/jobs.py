@@ -1,0 +1,244 @@
+"""What the agent asks of its training process, and what it answers: one JSON object a line.
+
+Bulk never passes through the pipe: a job names files, an answer names the file that was written.
+The two ends are one program on one device, but the agent still parses what comes back: a process
+that ran a foreign plan is not to be trusted more than the plan.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from fedge.edge_agent.data.config import DataConfig
+from fedge.edge_agent.engines import EngineName
+from fedge.edge_agent.training import TrainingSettings
+from fedge.schemas.blobs import BlobRef
+from fedge.schemas.errors import (
+    ConfigError,
+    FedgeError,
+    ParityFailed,
+    PeerError,
+    PlanRefused,
+    RejectReason,
+    StoreError,
+    TrainingFailed,
+)
+from fedge.schemas.ids import Digest
+from fedge.schemas.messages import LossCurve
+
+MAX_LINE_BYTES = 256 * 1024
+"""Of a job or an answer. The largest honest one has 2,048 points of loss and 2,048 chunks."""
+
+
+Answer_co = TypeVar("Answer_co", covariant=True)
+
+
+class JobFor(Protocol[Answer_co]):
+    """A job whose answer is an `Answer_co`, if it does not fail."""
+
+    @property
+    def answer_type(self) -> type[Answer_co]:
+        """What to expect."""
+        ...
+
+    def encode(self) -> bytes:
+        """The line, its end included."""
+        ...
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def encode(self) -> bytes:
+        """The line, its end included."""
+        return self.model_dump_json(exclude_none=True).encode() + b"\n"
+
+
+# ---------------------------------------------------------------- trainer → agent
+
+
+class Progressed(_Line):
+    """So far: `step` of `steps` are done."""
+
+    answer: Literal["progress"] = "progress"
+    epoch: int
+    step: int
+    steps: int
+    loss: float
+
+
+class Trained(_Line):
+    """The update is at the job's `output`. `engine`: which one ran; none if no step was asked.
+
+    `peak_rss_bytes`: of the process since its start.
+    """
+
+    answer: Literal["trained"] = "trained"
+    update: BlobRef
+    examples: int
+    steps: int
+    loss: LossCurve
+    metrics: dict[str, float]
+    training_s: float
+    engine: EngineName | None = None
+    peak_rss_bytes: int
+
+
+class Activated(_Line):
+    """The model is at the job's `output`. See `activation.Activation`."""
+
+    answer: Literal["activated"] = "activated"
+    latency_ms: float
+    largest_difference: float
+
+
+class Counted(_Line):
+    """The device's examples."""
+
+    answer: Literal["counted"] = "counted"
+    examples: int
+
+
+class FailureKind(StrEnum):
+    """Which exception a failure stands for."""
+
+    CONFIG = "config"
+    PARITY_FAILED = "parity_failed"
+    PEER = "peer"
+    PLAN_REFUSED = "plan_refused"
+    STORE = "store"
+    TRAINING_FAILED = "training_failed"
+
+
+class Failed(_Line):
+    """The job failed. The fields that its kind has are set."""
+
+    answer: Literal["failed"] = "failed"
+    kind: FailureKind
+    detail: Annotated[str, Field(max_length=4000)]
+    reason: RejectReason | None = None
+    largest_difference: float | None = None
+    tolerance: float | None = None
+
+    @classmethod
+    def of(cls, error: FedgeError) -> Failed:
+        """The answer that stands for `error`."""
+        text = str(error)[:4000]
+        match error:
+            case ParityFailed():
+                return cls(
+                    kind=FailureKind.PARITY_FAILED,
+                    detail=error.where[:4000],
+                    largest_difference=error.largest_difference,
+                    tolerance=error.tolerance,
+                )
+            case PeerError():
+                detail = error.detail[:4000]
+                return cls(kind=FailureKind.PEER, detail=detail, reason=error.reason)
+            case PlanRefused():
+                return cls(kind=FailureKind.PLAN_REFUSED, detail=text)
+            case ConfigError():
+                return cls(kind=FailureKind.CONFIG, detail=text)
+            case StoreError():
+                return cls(kind=FailureKind.STORE, detail=text)
+            case _:
+                return cls(kind=FailureKind.TRAINING_FAILED, detail=text)
+
+    def error(self) -> FedgeError:
+        """The exception that this stands for."""
+        match self.kind:
+            case FailureKind.PARITY_FAILED:
+                # JSON has no infinity: it arrives as nothing.
+                largest = math.inf if self.largest_difference is None else self.largest_difference
+                return ParityFailed(self.detail, largest, self.tolerance or 0.0)
+            case FailureKind.PEER:
+                return PeerError(self.reason or RejectReason.MALFORMED, self.detail)
+            case FailureKind.PLAN_REFUSED:
+                return PlanRefused(self.detail)
+            case FailureKind.CONFIG:
+                return ConfigError(self.detail)
+            case FailureKind.STORE:
+                return StoreError(self.detail)
+            case FailureKind.TRAINING_FAILED:
+                return TrainingFailed(self.detail)
+
+
+Answer = Progressed | Trained | Activated | Counted | Failed
+_ANSWERS: TypeAdapter[Answer] = TypeAdapter(Annotated[Answer, Field(discriminator="answer")])
+
+
+def decode_answer(line: bytes) -> Answer:
+    """Parses an answer. Raises `pydantic.ValidationError`."""
+    return _ANSWERS.validate_json(line)
+
+
+# ---------------------------------------------------------------- agent → trainer
+
+
+class TrainJob(_Line):
+    """Train from `weights` and write the update, a safetensors file, to `output`.
+
+    `manifest`, `train_graph`, `weights`: paths of verified blobs.
+    """
+
+    job: Literal["train"] = "train"
+    manifest: Path
+    train_graph: Path
+    weights: Path
+    data: DataConfig
+    settings: TrainingSettings
+    output: Path
+    engine: EngineName = EngineName.AUTO
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+
+    @property
+    def answer_type(self) -> type[Trained]:
+        """What to expect."""
+        return Trained
+
+
+class ActivateJob(_Line):
+    """Make a version's model from `infer_graph` and `weights`, check it, put it at `output`.
+
+    `golden_inputs`, `golden_outputs`: safetensors with `input` and with `output`.
+    """
+
+    job: Literal["activate"] = "activate"
+    manifest: Path
+    infer_graph: Path
+    weights: Path
+    golden_inputs: Path
+    golden_outputs: Path
+    model_sha256: Digest
+    output: Path
+
+    @property
+    def answer_type(self) -> type[Activated]:
+        """What to expect."""
+        return Activated
+
+
+class CountJob(_Line):
+    """Count the device's examples."""
+
+    job: Literal["count"] = "count"
+    data: DataConfig
+
+    @property
+    def answer_type(self) -> type[Counted]:
+        """What to expect."""
+        return Counted
+
+
+Job = TrainJob | ActivateJob | CountJob
+_JOBS: TypeAdapter[Job] = TypeAdapter(Annotated[Job, Field(discriminator="job")])
+
+
+def decode_job(line: bytes) -> Job:
+    """Parses a job. Raises `pydantic.ValidationError`."""
+    return _JOBS.validate_json(line)

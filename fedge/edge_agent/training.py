@@ -1,0 +1,238 @@
+"""A device's part of a round: some epochs on its own examples, and the difference they made.
+
+The client update of FedAvg (McMahan et al. 2017, Algorithm 1), with the proximal term of FedProx
+(Li et al. 2020, section 3.2) inside the plan's graph. The loop knows no runtime, file or message:
+an engine takes the steps, the plan's specifications turn raw examples into tensors one batch at a
+time, so the memory of a data set is that of its raw form.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedge.edge_agent.batching import Batch, batches, step_count, step_seed
+from fedge.edge_agent.data.examples import Examples
+from fedge.edge_agent.engines.protocol import Engine, StepResult
+from fedge.schemas.errors import TrainingFailed
+from fedge.schemas.ids import Seed
+from fedge.schemas.messages import Assignment, LossCurve
+from fedge.schemas.plan import PlanManifest
+from fedge.schemas.tensors import Tensors
+
+MAX_CURVE_POINTS = 2048
+"""Of `LossCurve.by_batch`: what a message carries."""
+
+
+class TrainingSettings(BaseModel):
+    """How to train: the hyperparameters of an assignment, with its limits.
+
+    `local_steps`: stop after so many batches, within `local_epochs`. Either may be 0: no training.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: Seed
+    batch_size: Annotated[int, Field(ge=1, le=65536)]
+    learning_rate: Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)]
+    local_epochs: Annotated[int, Field(ge=0, le=1000)]
+    local_steps: Annotated[int, Field(ge=0, le=10**9)] | None = None
+    proximal_mu: Annotated[float, Field(ge=0, le=1e3, allow_inf_nan=False)] = 0.0
+
+    @classmethod
+    def of(cls, assignment: Assignment) -> TrainingSettings:
+        """The settings that `assignment` gives."""
+        return cls.model_validate(assignment.model_dump(include=set(cls.model_fields)))
+
+    def steps(self, examples: int) -> int:
+        """Batches that a device with so many examples trains on."""
+        return step_count(
+            examples,
+            batch_size=self.batch_size,
+            local_epochs=self.local_epochs,
+            local_steps=self.local_steps,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """After a step: `step` of `steps` are done, the last one in `epoch` (from 0)."""
+
+    epoch: int
+    step: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """What training made.
+
+    `delta`: new - base for each of the manifest's `update_specs`, in its dtype.
+    `examples`: the device's examples, n_k of the FedAvg paper, whatever `local_steps` left out.
+    `loss`: means over the examples of each epoch and batch. Of more than `MAX_CURVE_POINTS`
+    batches, neighbours are averaged.
+    `metrics`: means over all examples as they were trained on; empty if there was no step.
+    `training_s`: wall time of the steps and their batches.
+    """
+
+    delta: Mapping[str, npt.NDArray[np.floating]]
+    examples: int
+    steps: int
+    loss: LossCurve
+    metrics: Mapping[str, float]
+    training_s: float
+
+
+def train(
+    engine: Engine,
+    manifest: PlanManifest,
+    weights: Tensors,
+    examples: Examples,
+    settings: TrainingSettings,
+    *,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> TrainingResult:
+    """Trains from `weights` (the tensors of a version) on `examples`.
+
+    Raises `TrainingFailed` if there are no examples, they do not fit the plan, the runtime fails,
+    or the loss or a weight becomes NaN or infinite; `PeerError` if `weights` break the manifest.
+    """
+    if len(examples) == 0:
+        raise TrainingFailed("this device has no examples to train on")
+    steps = settings.steps(len(examples))
+    engine.load(weights)
+    record = _Record(per_example=manifest.loss_reduction == "mean")
+    started = clock()
+    for batch in batches(
+        len(examples),
+        batch_size=settings.batch_size,
+        local_epochs=settings.local_epochs,
+        local_steps=settings.local_steps,
+        seed=settings.seed,
+        padding=manifest.padding,
+    ):
+        result = engine.step(
+            manifest.features.encode(examples.raw_inputs[batch.rows]),
+            manifest.target.encode(examples.raw_targets[batch.rows]),
+            batch.mask,
+            lr=settings.learning_rate,
+            mu=settings.proximal_mu,
+            seed=step_seed(settings.seed, batch.step),
+        )
+        if not math.isfinite(result.loss):
+            raise TrainingFailed(
+                f"the loss became {result.loss} at step {batch.step + 1} of {steps} (epoch "
+                f"{batch.epoch + 1}): lower learning_rate, now {settings.learning_rate:g}"
+            )
+        record.add(batch, result)
+        on_step(Progress(batch.epoch, batch.step + 1, steps, result.loss))
+    delta = difference(manifest, engine.weights(), weights)
+    training_s = clock() - started
+    return TrainingResult(
+        delta, len(examples), steps, record.curve(), record.metric_means(), training_s
+    )
+
+
+def no_training(manifest: PlanManifest, examples: int) -> TrainingResult:
+    """The result of zero steps: zero differences. It measures what a round costs by itself.
+
+    Raises `TrainingFailed` if there are no examples: such a device has no part in a round.
+    """
+    if examples == 0:
+        raise TrainingFailed("this device has no examples to train on")
+    delta = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in manifest.update_specs}
+    return TrainingResult(delta, examples, 0, LossCurve(), {}, 0.0)
+
+
+def difference(
+    manifest: PlanManifest, new: Tensors, base: Tensors
+) -> dict[str, npt.NDArray[np.floating]]:
+    """`new - base` for each tensor of an update. Raises `TrainingFailed` if one is not finite."""
+    delta: dict[str, npt.NDArray[np.floating]] = {}
+    for spec in manifest.update_specs:
+        with np.errstate(invalid="ignore", over="ignore"):  # infinities are refused below
+            delta[spec.name] = np.subtract(new[spec.name], base[spec.name], dtype=spec.dtype)
+        if not np.isfinite(delta[spec.name]).all():
+            raise TrainingFailed(
+                f"the trained tensor {spec.name!r} holds NaN or infinity: lower learning_rate"
+            )
+    return delta
+
+
+class Curve:
+    """The means of a stream of (sum, weight) pairs in at most `points` points, in fixed memory.
+
+    When it is full, neighbours are joined and each point stands for twice as many entries.
+    `points` is even.
+    """
+
+    def __init__(self, points: int = MAX_CURVE_POINTS) -> None:
+        self._points = points
+        self._sums: list[float] = []
+        self._weights: list[float] = []
+        self._entries_a_point = 1
+        self._entries = 0
+
+    def add(self, total: float, weight: float) -> None:
+        """Takes one entry: a sum over `weight` examples."""
+        if self._entries % self._entries_a_point == 0:
+            if len(self._sums) == self._points:
+                self._join_neighbours()
+            self._sums.append(0.0)
+            self._weights.append(0.0)
+        self._sums[-1] += total
+        self._weights[-1] += weight
+        self._entries += 1
+
+    def means(self) -> tuple[float, ...]:
+        """One mean a point, in order."""
+        return tuple(s / w for s, w in zip(self._sums, self._weights, strict=True))
+
+    def _join_neighbours(self) -> None:
+        self._sums = [sum(self._sums[i : i + 2]) for i in range(0, self._points, 2)]
+        self._weights = [sum(self._weights[i : i + 2]) for i in range(0, self._points, 2)]
+        self._entries_a_point *= 2
+
+
+class _Record:
+    """What the steps measured, as sums."""
+
+    def __init__(self, *, per_example: bool) -> None:
+        self._per_example = per_example
+        self._batches = Curve()
+        self._epoch_sums: list[float] = []
+        self._epoch_examples: list[int] = []
+        self._metric_sums: dict[str, float] = {}
+
+    def add(self, batch: Batch, result: StepResult) -> None:
+        loss_sum = result.loss * batch.count if self._per_example else result.loss
+        self._batches.add(loss_sum, batch.count)
+        if batch.epoch == len(self._epoch_sums):
+            self._epoch_sums.append(0.0)
+            self._epoch_examples.append(0)
+        self._epoch_sums[-1] += loss_sum
+        self._epoch_examples[-1] += batch.count
+        for name, value in result.metrics.items():
+            self._metric_sums[name] = self._metric_sums.get(name, 0.0) + value
+
+    def curve(self) -> LossCurve:
+        epochs = zip(self._epoch_sums, self._epoch_examples, strict=True)
+        return LossCurve(by_epoch=tuple(s / n for s, n in epochs), by_batch=self._batches.means())
+
+    def metric_means(self) -> dict[str, float]:
+        examples = sum(self._epoch_examples)
+        # A metric that is not a number would make the whole offer unsendable.
+        return {
+            name: value / examples
+            for name, value in self._metric_sums.items()
+            if math.isfinite(value)
+        }

@@ -1,0 +1,104 @@
+"""Sending updates: offer, wait for a grant, send what the credit allows, until there is a receipt.
+
+A broker's acknowledgement is not delivery, so nothing here believes it: what the coordinator has is
+what its `grant` and `have` messages say. The update stays in the outbox all the while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedge.schemas.blobs import BlobRef, BlobSender, ChunkSet
+from fedge.schemas.errors import PeerError
+from fedge.schemas.link.protocol import Link
+from fedge.schemas.logs import EventLog
+from fedge.schemas.messages import Grant, Have
+from fedge.schemas.topics import Topics
+
+log = EventLog(__name__)
+
+
+@dataclass(slots=True)
+class _Transfer:
+    sender: BlobSender
+    wake: asyncio.Event
+    task: asyncio.Task[None]
+
+
+class Uploads:
+    """The uploads of one device over its bulk link."""
+
+    def __init__(self, link: Link, topics: Topics, device: str) -> None:
+        self._link = link
+        self._topics = topics
+        self._device = device
+        self._transfers: dict[str, _Transfer] = {}
+        self.sent_bytes = 0
+
+    def granted(self, grant: Grant, update: BlobRef, path: Path) -> None:
+        """Starts or restarts sending the update in `path` from what the coordinator has.
+
+        A bitmap that does not fit the update is logged and ignored: the next grant replaces it.
+        """
+        held = self._held(grant.held, update)
+        if held is None:
+            return
+        transfer = self._transfers.get(update.sha256)
+        if transfer is None:
+            sender = BlobSender(update, lambda index: read_chunk(path, update, index))
+            wake = asyncio.Event()
+            task = asyncio.create_task(
+                self._send(sender, wake), name=f"upload-{self._device}-{update.sha256[:8]}"
+            )
+            transfer = self._transfers[update.sha256] = _Transfer(sender, wake, task)
+        transfer.sender.granted(grant.window, held)
+        transfer.wake.set()
+
+    def acknowledged(self, have: Have) -> None:
+        """The coordinator has more chunks: their credit is free."""
+        transfer = self._transfers.get(have.sha256)
+        if transfer is None:
+            return
+        held = self._held(have.held, transfer.sender.ref)
+        if held is not None:
+            transfer.sender.acknowledged(held)
+            transfer.wake.set()
+
+    def stop(self, sha256: str) -> None:
+        """Ends a transfer: there is a receipt, or the update is given up."""
+        transfer = self._transfers.pop(sha256, None)
+        if transfer is not None:
+            transfer.task.cancel()
+
+    async def close(self) -> None:
+        """Ends every transfer."""
+        tasks = [transfer.task for transfer in self._transfers.values()]
+        for sha256 in list(self._transfers):
+            self.stop(sha256)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _send(self, sender: BlobSender, wake: asyncio.Event) -> None:
+        while not sender.complete:
+            await wake.wait()
+            wake.clear()
+            for index, payload in sender.take():
+                await self._link.publish(
+                    self._topics.upload_chunk(self._device, sender.ref.sha256, index), payload
+                )
+                self.sent_bytes += len(payload)
+
+    def _held(self, text: str, update: BlobRef) -> ChunkSet | None:
+        try:
+            return ChunkSet.decode(text, update.chunk_count)
+        except PeerError as error:
+            log.warning("grant_refused", sha256=update.sha256[:12], detail=error.detail)
+            return None
+
+
+def read_chunk(path: Path, ref: BlobRef, index: int) -> bytes:
+    """Chunk `index` of the blob in `path`: one chunk in memory at a time."""
+    with path.open("rb") as file:
+        file.seek(index * ref.chunk_bytes)
+        return file.read(ref.chunk_size(index))

@@ -1,0 +1,423 @@
+"""One MQTT connection: one paho client on one TCP connection, driven by the event loop.
+
+A new client for each connection: what paho would keep from the last one (its queue, its packet
+identifiers, its wish to reconnect by itself) is exactly what the link keeps better. Only the
+blocking part, DNS, TCP, and the CONNECT packet, runs in a thread; every callback of paho runs on
+the loop, does no more than tell the sink or resolve a future, and an exception in one ends this
+connection and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from fedge.schemas.link.paho.settings import LinkSettings, MqttProtocol
+
+log = logging.getLogger(__name__)
+
+QOS = 1
+UNSUPPORTED_PROTOCOL = 0x84
+SESSION_TAKEN_OVER = 0x8E
+_UNLIMITED_RECEIVE_MAXIMUM = 65535
+_KEEPALIVE_SLACK_S = 0.05
+_FAILURE = 0x80
+"""Reason codes from here on are refusals (MQTT 5, section 2.4)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What the broker's CONNACK says."""
+
+    session_present: bool
+    receive_maximum: int
+    max_packet_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Why a connection ended. `code`: the broker's reason code, if it gave one.
+
+    `closed_by_peer`: the other side ended it, in contrast to silence until our deadline.
+    """
+
+    reason: str
+    code: int | None = None
+    closed_by_peer: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One reason code of a SUBACK, UNSUBACK or PUBACK, with its name."""
+
+    code: int
+    explanation: str
+
+    @property
+    def refused(self) -> bool:
+        """Whether it is a refusal."""
+        return self.code >= _FAILURE
+
+
+class ConnectionFailed(Exception):  # noqa: N818 -- the outcome of an attempt
+    """An attempt that did not end in a positive CONNACK."""
+
+    def __init__(self, reason: str, code: int | None = None, *, silent: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.code = code
+        self.silent = silent
+        """The broker took the TCP connection and then answered nothing."""
+
+
+class Sink(Protocol):
+    """Who hears of what arrives. Called on the loop; must not block."""
+
+    def on_message(self, topic: str, payload: bytes, retained: bool, packet_id: int) -> None:
+        """A message; `packet_id` is 0 if there is nothing to acknowledge."""
+        ...
+
+    def on_published(self, packet_id: int, answer: Answer) -> None:
+        """The answer to a publish."""
+        ...
+
+
+class Connection:
+    """A connection that the broker accepted, until `lost` resolves."""
+
+    def __init__(self, client: Client, sink: Sink) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._client = client
+        self._sink = sink
+        # Without websockets it is a plain socket.
+        self._socket = cast(socket.socket, client.socket())
+        self._fileno = self._socket.fileno()
+        self.lost: asyncio.Future[Lost] = self._loop.create_future()
+        self._connack: asyncio.Future[Accepted] = self._loop.create_future()
+        self._answers: dict[int, asyncio.Future[list[Answer]]] = {}
+        self._reading = False
+        self._writer_added = False
+        self._write_soon: asyncio.Handle | None = None
+        self._ended = False
+        self._last_read_s = self._last_write_s = self._loop.time()
+        self._keepalive_timer: asyncio.TimerHandle | None = None
+
+    @classmethod
+    async def open(cls, settings: LinkSettings, protocol: MqttProtocol, sink: Sink) -> Connection:
+        """A connection on which CONNECT was sent. Raises `ConnectionFailed`."""
+        client = _client_of(settings, protocol)
+        loop = asyncio.get_running_loop()
+        attempt = loop.run_in_executor(None, _connect, client, settings, protocol)
+        try:
+            await asyncio.shield(attempt)
+        except OSError as error:
+            raise ConnectionFailed(f"{settings.host}:{settings.port}: {error}") from error
+        except asyncio.CancelledError:
+            # The thread cannot be stopped; its socket is closed as soon as it has one.
+            attempt.add_done_callback(lambda done: _dispose_of(client, done))
+            raise
+        if client.socket() is None:
+            raise ConnectionFailed("the connection was lost while CONNECT was sent", silent=True)
+        connection = cls(client, sink)
+        connection._attach()
+        return connection
+
+    async def accepted(self, timeout_s: float) -> Accepted:
+        """The broker's positive CONNACK. Raises `ConnectionFailed`; the connection is over then."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.wait((self._connack, self.lost), return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            self.abandon()
+            raise ConnectionFailed(f"no CONNACK within {timeout_s:g} s", silent=True) from None
+        if self._connack.done():
+            return self._connack.result()
+        lost = self.lost.result()
+        raise ConnectionFailed(lost.reason, lost.code, silent=lost.code is None)
+
+    # ------------------------------------------------------------------ what the link asks for
+
+    @property
+    def awaits_answers(self) -> bool:
+        """Whether a SUBSCRIBE or UNSUBSCRIBE is unanswered."""
+        return bool(self._answers)
+
+    def publish(self, topic: str, payload: bytes, retain: bool) -> int | None:
+        """Hands a publish over and returns its packet identifier; None if the socket is gone."""
+        while True:
+            info = self._client.publish(topic, payload, QOS, retain)
+            # After 65,535 packets identifiers repeat; one that is still in use is skipped.
+            if info.rc != MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
+                return info.mid if info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS else None
+
+    def subscribe(self, filters: list[str]) -> asyncio.Future[list[Answer]]:
+        """Sends one SUBSCRIBE; the future holds one answer a filter, none if we lose first."""
+        return self._expect(self._client.subscribe([(each, QOS) for each in filters])[1])
+
+    def unsubscribe(self, filters: list[str]) -> asyncio.Future[list[Answer]]:
+        """Sends one UNSUBSCRIBE; the future resolves with its answer, or empty if we lose first."""
+        return self._expect(self._client.unsubscribe(filters)[1])
+
+    def ack(self, packet_id: int) -> None:
+        """Queues a PUBACK."""
+        self._client.ack(packet_id, QOS)
+
+    async def disconnect(self, timeout_s: float) -> None:
+        """Sends what is queued and DISCONNECT; gives up after `timeout_s`."""
+        if not self._ended:
+            self._client.disconnect()
+            await asyncio.wait((self.lost,), timeout=timeout_s)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Closes the socket without a goodbye. Harmless when repeated."""
+        self._end(Lost("abandoned by this side", closed_by_peer=False))
+
+    def pause_reading(self) -> None:
+        """Leaves what comes in the kernel's buffers: TCP slows the broker down."""
+        if self._reading and not self._ended:
+            self._reading = False
+            self._loop.remove_reader(self._fileno)
+
+    def resume_reading(self) -> None:
+        """The inverse of `pause_reading`."""
+        if not self._reading and not self._ended:
+            self._reading = True
+            self._loop.add_reader(self._fileno, self._read)
+
+    # ------------------------------------------------------------------ the event loop's side
+
+    def _attach(self) -> None:
+        client = self._client
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_message = self._on_message
+        client.on_publish = self._on_publish
+        client.on_subscribe = self._on_subscribe
+        client.on_unsubscribe = self._on_unsubscribe
+        client.on_socket_register_write = self._on_register_write
+        client.on_socket_unregister_write = self._on_unregister_write
+        client.on_socket_close = self._on_socket_close
+        self._set_keepalive_timer()
+        self.resume_reading()
+        if client.want_write():
+            self._add_writer()
+
+    def _read(self) -> None:
+        self._last_read_s = self._loop.time()
+        self._drive(self._client.loop_read)
+
+    def _write(self) -> None:
+        self._write_soon = None
+        self._last_write_s = self._loop.time()
+        self._drive(self._client.loop_write)
+        if not self._ended and self._client.want_write():
+            self._add_writer()
+
+    def _drive(self, step: Callable[[], MQTTErrorCode]) -> None:
+        if self._ended:
+            return
+        try:
+            step()
+        except Exception as error:  # whatever a packet made paho or a callback do
+            log.exception("link_callback_failed")
+            self._end(Lost(f"a packet could not be handled: {error!r}"))
+
+    def _add_writer(self) -> None:
+        if not self._writer_added:
+            self._writer_added = True
+            self._loop.add_writer(self._fileno, self._write)
+
+    def _on_register_write(self, _client: Client, _userdata: object, _sock: Any) -> None:
+        # The socket can nearly always be written: try first, and ask the selector only if it fills.
+        if self._write_soon is None and not self._ended:
+            self._write_soon = self._loop.call_soon(self._write)
+
+    def _on_unregister_write(self, _client: Client, _userdata: object, _sock: Any) -> None:
+        if self._writer_added:
+            self._writer_added = False
+            self._loop.remove_writer(self._fileno)
+
+    def _on_socket_close(self, _client: Client, _userdata: object, _sock: Any) -> None:
+        self._forget_socket()
+
+    def _set_keepalive_timer(self) -> None:
+        idle_since_s = min(self._last_read_s, self._last_write_s)
+        due_s = idle_since_s + self._client.keepalive + _KEEPALIVE_SLACK_S
+        self._keepalive_timer = self._loop.call_at(due_s, self._on_keepalive_due)
+
+    def _on_keepalive_due(self) -> None:
+        now = self._loop.time()
+        if min(self._last_read_s, self._last_write_s) + self._client.keepalive <= now:
+            self._drive(self._client.loop_misc)
+            self._last_read_s = self._last_write_s = now
+        if not self._ended:
+            self._set_keepalive_timer()
+
+    # ------------------------------------------------------------------ paho's callbacks
+
+    def _on_connect(
+        self,
+        _client: Client,
+        _userdata: object,
+        flags: ConnectFlags,
+        code: ReasonCode,
+        properties: Properties | None,
+    ) -> None:
+        if code.is_failure:
+            self._end(Lost(f"the broker refused the connection: {code}", code.value))
+            return
+        # paho sets an attribute for each property that was in the packet, and no others.
+        said = vars(properties) if properties is not None else {}
+        self._connack.set_result(
+            Accepted(
+                session_present=bool(flags.session_present),
+                receive_maximum=said.get("ReceiveMaximum", _UNLIMITED_RECEIVE_MAXIMUM),
+                max_packet_bytes=said.get("MaximumPacketSize", 2**32),
+            )
+        )
+
+    def _on_disconnect(
+        self,
+        _client: Client,
+        _userdata: object,
+        flags: DisconnectFlags,
+        code: ReasonCode,
+        _properties: Properties | None,
+    ) -> None:
+        if flags.is_disconnect_packet_from_server:
+            self._end(Lost(f"the broker disconnected us: {code}", code.value))
+        elif code.getName() == "Keep alive timeout":
+            self._end(Lost("the broker was silent past the keep-alive", closed_by_peer=False))
+        else:
+            self._end(Lost(f"the connection was lost: {code}"))
+
+    def _on_message(self, _client: Client, _userdata: object, message: MQTTMessage) -> None:
+        packet_id = message.mid if message.qos == QOS else 0
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            # Kept unacknowledged, it would come again for ever.
+            log.warning("message_dropped reason=topic_not_utf8")
+            self.ack(packet_id)
+            return
+        # paho unpacks packets into bytes; its annotation also covers what one publishes.
+        payload = cast(bytes, message.payload)
+        self._sink.on_message(topic, payload, message.retain, packet_id)
+
+    def _on_publish(
+        self,
+        _client: Client,
+        _userdata: object,
+        packet_id: int,
+        code: ReasonCode,
+        _properties: Properties | None,
+    ) -> None:
+        self._sink.on_published(packet_id, _answer_of(code))
+
+    def _on_subscribe(
+        self,
+        _client: Client,
+        _userdata: object,
+        packet_id: int,
+        codes: list[ReasonCode],
+        _properties: Properties | None,
+    ) -> None:
+        self._resolve(packet_id, [_answer_of(code) for code in codes])
+
+    _on_unsubscribe = _on_subscribe
+
+    # ------------------------------------------------------------------ the end
+
+    def _expect(self, packet_id: int | None) -> asyncio.Future[list[Answer]]:
+        answer: asyncio.Future[list[Answer]] = self._loop.create_future()
+        if packet_id is None or self._ended:
+            answer.set_result([])
+        else:
+            self._answers[packet_id] = answer
+        return answer
+
+    def _resolve(self, packet_id: int, answers: list[Answer]) -> None:
+        waiting = self._answers.pop(packet_id, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(answers)
+
+    def _end(self, lost: Lost) -> None:
+        if self._ended:
+            return
+        self._forget_socket()
+        self._ended = True
+        for packet_id in list(self._answers):
+            self._resolve(packet_id, [])
+        if self._keepalive_timer is not None:
+            self._keepalive_timer.cancel()
+        if self._write_soon is not None:
+            self._write_soon.cancel()
+        self._socket.close()
+        self.lost.set_result(lost)
+
+    def _forget_socket(self) -> None:
+        self.pause_reading()
+        if self._writer_added:
+            self._writer_added = False
+            self._loop.remove_writer(self._fileno)
+
+
+def _answer_of(code: ReasonCode) -> Answer:
+    return Answer(code.value, code.getName())
+
+
+def _client_of(settings: LinkSettings, protocol: MqttProtocol) -> Client:
+    is_v5 = protocol is MqttProtocol.V5
+    client = Client(
+        CallbackAPIVersion.VERSION2,
+        client_id=settings.client_id,
+        clean_session=None if is_v5 else False,
+        protocol=MQTTProtocolVersion.MQTTv5 if is_v5 else MQTTProtocolVersion.MQTTv311,
+        # Otherwise paho answers a refused 3.1.1 with a blocking attempt at 3.1, in the callback.
+        reconnect_on_failure=False,
+        manual_ack=True,
+    )
+    client.connect_timeout = settings.connect_timeout_s
+    if settings.username is not None:
+        client.username_pw_set(settings.username, settings.password)
+    if settings.will is not None:
+        client.will_set(settings.will.topic, settings.will.payload, QOS, retain=True)
+    return client
+
+
+def _connect(client: Client, settings: LinkSettings, protocol: MqttProtocol) -> None:
+    """Blocks: DNS, TCP, CONNECT. No callback is set yet, so none can run in this thread."""
+    if protocol is MqttProtocol.V5:
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call] # paho's
+        properties.SessionExpiryInterval = settings.session_expiry_s
+        properties.ReceiveMaximum = settings.receive_maximum
+        client.connect(
+            settings.host,
+            settings.port,
+            settings.keepalive_s,
+            clean_start=False,
+            properties=properties,
+        )
+    else:
+        client.connect(settings.host, settings.port, settings.keepalive_s)
+    connected = cast(socket.socket | None, client.socket())
+    if connected is not None:
+        # Small packets (PUBACK, control messages) must not wait for the peer's delayed ACK.
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _dispose_of(client: Client, attempt: asyncio.Future[None]) -> None:
+    opened = client.socket()
+    if not attempt.cancelled() and attempt.exception() is None and opened is not None:
+        opened.close()

@@ -1,0 +1,445 @@
+"""`PahoLink`: one MQTT session that outlives its connections (see `fedge.schemas.link.protocol`).
+
+Keeps what belongs to the session and not to a connection: the publishes that are not acknowledged,
+the filters, the events that their owner has not taken yet. One task connects, restores the
+subscriptions, waits for the loss, backs off and begins again; everything else happens in the
+event loop's callbacks, so a message costs no task and no thread.
+
+What it refuses: deliveries that no subscription of this process covers. Brokers send them all the
+same (amqtt: every retained message to everybody; any broker: for subscriptions which an earlier
+process left in the session); they are acknowledged and dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Iterable
+
+from fedge.schemas.errors import LinkClosed, LinkRefused, PayloadTooLarge
+from fedge.schemas.link.filters import FilterSet, is_valid_filter
+from fedge.schemas.link.paho.connection import (
+    SESSION_TAKEN_OVER,
+    UNSUPPORTED_PROTOCOL,
+    Accepted,
+    Answer,
+    Connection,
+    ConnectionFailed,
+    Lost,
+)
+from fedge.schemas.link.paho.outbox import Outbox, Outgoing
+from fedge.schemas.link.paho.settings import Backoff, LinkSettings, MqttProtocol
+from fedge.schemas.link.protocol import MAX_IN_FLIGHT, Delivery, LinkDown, LinkEvent, LinkUp
+
+log = logging.getLogger(__name__)
+
+GOODBYE_LIMIT_S = 2.0
+TOPIC_ALLOWANCE_BYTES = 256
+"""Topics of Fedge are shorter than this."""
+_PACKET_OVERHEAD_BYTES = 1 + 4 + 2 + 2 + 1
+"""Of a PUBLISH: type, remaining length, topic length, packet identifier, no properties."""
+_PACKET_IDS = 65536
+
+
+class PahoLink:
+    """A `Link` over paho. `rng` jitters the back-off."""
+
+    def __init__(self, settings: LinkSettings, rng: random.Random) -> None:
+        self.settings = settings
+        self._protocol = settings.protocol
+        self._next_trial = MqttProtocol.V5
+        self._backoff = Backoff(settings.backoff_base_s, settings.backoff_cap_s, rng)
+        self._max_packet_bytes = settings.max_packet_bytes
+        self._outbox = Outbox(MAX_IN_FLIGHT)
+        self._filters = FilterSet()
+        self._granted: set[str] = set()
+        self._revoked: set[str] = set()
+        self._events: deque[LinkEvent] = deque()
+        self._queued_deliveries = 0
+        self._early: list[Delivery] = []
+        self._wake_up: asyncio.Future[None] | None = None
+        self._connection: Connection | None = None
+        self._connection_number = 0
+        self._unacknowledged: set[int] = set()
+        self._up = False
+        self._paused = False
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "up" if self._up else "down"
+        return f"<PahoLink {self.settings.client_id} {state}>"
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker has accepted the connection, and the subscriptions are restored."""
+        return self._up
+
+    @property
+    def max_payload_bytes(self) -> int:
+        """The largest payload that the broker takes, as far as it has said."""
+        return max(self._max_packet_bytes - _PACKET_OVERHEAD_BYTES - TOPIC_ALLOWANCE_BYTES, 0)
+
+    # ------------------------------------------------------------------ Link
+
+    async def start(self) -> None:
+        """Begins to connect and returns at once. Call once."""
+        if self._keeper is not None or self._closed:
+            raise RuntimeError("a link is started once")
+        self._keeper = asyncio.create_task(
+            self._keep_connected(), name=f"link {self.settings.client_id}"
+        )
+        self._keeper.add_done_callback(self._on_keeper_done)
+
+    async def close(self) -> None:
+        """Sends what is queued and DISCONNECT, then ends. Waiting calls raise `LinkClosed`."""
+        if self._closed:
+            return
+        self._closed = True
+        self._up = False
+        for outgoing in self._outbox.close():
+            if not outgoing.done.done():
+                outgoing.done.set_exception(LinkClosed("the link was closed"))
+        self._events.clear()
+        self._wake()
+        try:
+            if self._connection is not None:
+                await self._connection.disconnect(GOODBYE_LIMIT_S)
+        finally:
+            if self._connection is not None:
+                self._connection.abandon()
+            if self._keeper is not None:
+                self._keeper.cancel()
+                await asyncio.wait((self._keeper,))
+
+    async def next_event(self) -> LinkEvent:
+        """The next event, in order. Raises `LinkClosed` after `close`. For one caller at a time."""
+        while self._closed or not self._events:
+            self._raise_if_closed()
+            if self._wake_up is not None:
+                raise RuntimeError("somebody else waits for the link's next event")
+            self._wake_up = asyncio.get_running_loop().create_future()
+            try:
+                await self._wake_up
+            finally:
+                self._wake_up = None
+        event = self._events.popleft()
+        if isinstance(event, Delivery):
+            self._queued_deliveries -= 1
+            self._regulate()
+        return event
+
+    def ack(self, delivery: Delivery) -> None:
+        """Tells the broker that it may forget this delivery. Harmless when repeated or too late."""
+        number, packet_id = divmod(delivery.token, _PACKET_IDS)
+        is_current = number == self._connection_number and self._connection is not None
+        if is_current and packet_id in self._unacknowledged:
+            self._acknowledge(packet_id)
+
+    async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """Publishes with QoS 1 and returns when the broker acknowledged, across reconnects.
+
+        Cancelling it withdraws a publish that still waits; one on its way may still arrive.
+        Raises `PayloadTooLarge`, `LinkRefused` or `LinkClosed`.
+        """
+        self._raise_if_closed()
+        self._check_size(topic, payload)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        outgoing = Outgoing(topic, payload, retain, done)
+        self._outbox.add(outgoing)
+        self._send_waiting()
+        try:
+            await done
+        except asyncio.CancelledError:
+            self._outbox.withdraw(outgoing)
+            raise
+        finally:
+            self._regulate()
+
+    async def subscribe(self, *filters: str) -> None:
+        """Subscribes with QoS 1 and returns when the broker granted; kept across reconnects.
+
+        While the link is down, or if it goes down meanwhile, the filters are only noted, and
+        subscribed before the next `LinkUp`. Raises `LinkRefused` (the refused filters are
+        forgotten, the others kept), `LinkClosed`, or `ValueError` for what is not a filter.
+        """
+        self._raise_if_closed()
+        for topic_filter in filters:
+            self._filters.add(topic_filter)
+            self._granted.discard(topic_filter)
+            self._revoked.discard(topic_filter)
+        if self._up and self._connection is not None:
+            refused = await self._send_subscribe(self._connection, filters)
+            self._raise_if_closed()
+            for topic_filter, answer in refused:
+                self._filters.discard(topic_filter)
+                what = f"the subscription to {topic_filter}"
+                raise LinkRefused(what, answer.code, answer.explanation)
+
+    async def unsubscribe(self, *filters: str) -> None:
+        """Takes back a subscription, here at once and at the broker as soon as it can be told."""
+        self._raise_if_closed()
+        for topic_filter in filters:
+            if not is_valid_filter(topic_filter):
+                raise ValueError(f"not a topic filter: {topic_filter[:200]!r}")
+            self._filters.discard(topic_filter)
+            self._granted.discard(topic_filter)
+            self._revoked.add(topic_filter)
+        if self._up and self._connection is not None:
+            await self._send_unsubscribe(self._connection, filters)
+            self._raise_if_closed()
+
+    # ------------------------------------------------------------------ the sink of a connection
+
+    def on_message(self, topic: str, payload: bytes, retained: bool, packet_id: int) -> None:
+        """A message came: queue it, or drop it if nothing here asked for it."""
+        if packet_id:
+            self._unacknowledged.add(packet_id)
+        if not self._filters.covers(topic):
+            if packet_id:
+                self._acknowledge(packet_id)
+            return
+        token = self._connection_number * _PACKET_IDS + packet_id if packet_id else 0
+        delivery = Delivery(topic, payload, retained, token)
+        self._queued_deliveries += 1
+        if self._up:
+            self._emit(delivery)
+        else:
+            self._early.append(delivery)
+        self._regulate()
+
+    def on_published(self, packet_id: int, answer: Answer) -> None:
+        """A PUBACK came: the publish is over, and the next may go."""
+        outgoing = self._outbox.acknowledged(packet_id)
+        if outgoing is not None and not outgoing.done.done():
+            if answer.refused:
+                what = f"a publish to {outgoing.topic}"
+                outgoing.done.set_exception(LinkRefused(what, answer.code, answer.explanation))
+            else:
+                outgoing.done.set_result(None)
+        self._send_waiting()
+
+    # ------------------------------------------------------------------ connecting
+
+    async def _keep_connected(self) -> None:
+        loop = asyncio.get_running_loop()
+        while not self._closed:
+            lasted_s = 0.0
+            trial = self._next_trial if self._protocol is MqttProtocol.AUTO else self._protocol
+            try:
+                connection = await Connection.open(self.settings, trial, self)
+                self._begin(connection)
+                accepted = await connection.accepted(self._answer_limit_s(trial))
+                since_s = loop.time()
+                await self._go_up(connection, trial, accepted)
+                lost = await asyncio.shield(connection.lost)
+                lasted_s = loop.time() - since_s
+            except ConnectionFailed as error:
+                lost = Lost(error.reason, error.code)
+                if self._tries_another_protocol(trial, error):
+                    self._drop_connection(lost)
+                    continue
+            self._drop_connection(lost)
+            if self._closed:
+                return
+            if lost.code == SESSION_TAKEN_OVER:
+                self._backoff.slow_down()
+            delay_s = self._backoff.next_delay_s(lasted_s)
+            log.info(
+                "link_down client_id=%s reason=%r retry_in_s=%.2f",
+                self.settings.client_id,
+                lost.reason,
+                delay_s,
+            )
+            self._emit_down(lost.reason)
+            await asyncio.sleep(delay_s)
+
+    def _answer_limit_s(self, trial: MqttProtocol) -> float:
+        undecided = self._protocol is MqttProtocol.AUTO and trial is MqttProtocol.V5
+        limit_s = self.settings.connect_timeout_s
+        return min(limit_s, self.settings.auto_answer_s) if undecided else limit_s
+
+    def _tries_another_protocol(self, trial: MqttProtocol, error: ConnectionFailed) -> bool:
+        """Whether a failed attempt may be about the protocol; the next attempt uses the other one.
+
+        A broker that knows 3.1.1 only answers code 1, or says nothing. Returns True if the other
+        protocol is worth an attempt at once.
+        """
+        if self.settings.protocol is not MqttProtocol.AUTO:
+            return False
+        if error.code == UNSUPPORTED_PROTOCOL:
+            # Also if it worked before: the broker was replaced.
+            self._protocol = MqttProtocol.AUTO
+        elif not error.silent or self._protocol is not MqttProtocol.AUTO:
+            return False
+        was_v5 = trial is MqttProtocol.V5
+        self._next_trial = MqttProtocol.V311 if was_v5 else MqttProtocol.V5
+        return was_v5
+
+    def _begin(self, connection: Connection) -> None:
+        self._connection = connection
+        self._connection_number += 1
+        self._unacknowledged.clear()
+        self._paused = False
+
+    async def _go_up(
+        self, connection: Connection, protocol: MqttProtocol, accepted: Accepted
+    ) -> None:
+        self._protocol = protocol
+        self._max_packet_bytes = min(self.settings.max_packet_bytes, accepted.max_packet_bytes)
+        if not accepted.session_present:
+            self._granted.clear()
+            self._revoked.clear()
+        await self._restore_subscriptions(connection)
+        if connection.lost.done() or self._closed:
+            return
+        self._up = True
+        log.info(
+            "link_up client_id=%s protocol=%s session_present=%s",
+            self.settings.client_id,
+            protocol.value,
+            accepted.session_present,
+        )
+        self._emit(LinkUp(accepted.session_present))
+        for delivery in self._early:
+            self._emit(delivery)
+        self._early.clear()
+        self._outbox.connected(accepted.receive_maximum)
+        self._send_waiting()
+
+    async def _restore_subscriptions(self, connection: Connection) -> None:
+        if self._revoked:
+            await self._send_unsubscribe(connection, tuple(self._revoked))
+        tried: set[str] = set()
+        # Filters may be added while others are on their way, hence the loop.
+        while missing := [f for f in self._filters if f not in self._granted and f not in tried]:
+            tried.update(missing)
+            for topic_filter, answer in await self._send_subscribe(connection, missing):
+                log.error(
+                    "subscription_refused client_id=%s filter=%s code=%d reason=%r",
+                    self.settings.client_id,
+                    topic_filter,
+                    answer.code,
+                    answer.explanation,
+                )
+
+    def _drop_connection(self, lost: Lost) -> None:
+        self._up = False
+        # What came before LinkUp belongs to the session: the owner gets it all the same.
+        for delivery in self._early:
+            self._emit(delivery)
+        self._early.clear()
+        if self._connection is not None:
+            self._connection.abandon()
+            self._connection = None
+        self._unacknowledged.clear()
+        given_up = self._outbox.lost(closed_by_peer=lost.closed_by_peer)
+        if given_up is not None:
+            why = "it closes the connection whenever this is sent"
+            given_up.done.set_exception(LinkRefused(f"a publish to {given_up.topic}", None, why))
+
+    # ------------------------------------------------------------------ sending
+
+    def _send_waiting(self) -> None:
+        while self._up and self._connection is not None:
+            outgoing = self._outbox.next_to_send()
+            if outgoing is None:
+                return
+            try:
+                self._check_size(outgoing.topic, outgoing.payload)
+            except PayloadTooLarge as error:
+                outgoing.done.set_exception(error)
+                continue
+            packet_id = self._connection.publish(outgoing.topic, outgoing.payload, outgoing.retain)
+            if packet_id is None:
+                return
+            self._outbox.sent(packet_id)
+
+    def _check_size(self, topic: str, payload: bytes) -> None:
+        overhead_bytes = _PACKET_OVERHEAD_BYTES + len(topic.encode())
+        if len(payload) + overhead_bytes > self._max_packet_bytes:
+            limit_bytes = max(self._max_packet_bytes - overhead_bytes, 0)
+            raise PayloadTooLarge(topic, len(payload), limit_bytes)
+
+    async def _send_subscribe(
+        self, connection: Connection, filters: Iterable[str]
+    ) -> list[tuple[str, Answer]]:
+        """Subscribes in packets of a few filters each and returns the refused ones."""
+        batches = [(batch, connection.subscribe(batch)) for batch in self._batches(filters)]
+        refused: list[tuple[str, Answer]] = []
+        for batch, answers in batches:
+            # Empty if the connection was lost first: then the filters stay noted.
+            for topic_filter, answer in zip(batch, await answers, strict=False):
+                if answer.refused:
+                    refused.append((topic_filter, answer))
+                elif topic_filter in self._filters:
+                    self._granted.add(topic_filter)
+        return refused
+
+    async def _send_unsubscribe(self, connection: Connection, filters: Iterable[str]) -> None:
+        batches = [(batch, connection.unsubscribe(batch)) for batch in self._batches(filters)]
+        for batch, answers in batches:
+            await answers
+            if not connection.lost.done():
+                self._revoked.difference_update(batch)
+
+    def _batches(self, filters: Iterable[str]) -> list[list[str]]:
+        listed, size = list(filters), self.settings.filters_per_subscribe
+        return [listed[start : start + size] for start in range(0, len(listed), size)]
+
+    def _acknowledge(self, packet_id: int) -> None:
+        self._unacknowledged.discard(packet_id)
+        if self._connection is not None:
+            self._connection.ack(packet_id)
+
+    # ------------------------------------------------------------------ events
+
+    def _emit(self, event: LinkEvent) -> None:
+        self._events.append(event)
+        self._wake()
+
+    def _emit_down(self, reason: str) -> None:
+        # A long outage is one event with the newest reason, however slow the owner is.
+        if self._events and isinstance(self._events[-1], LinkDown):
+            self._events.pop()
+        self._emit(LinkDown(reason))
+
+    def _wake(self) -> None:
+        if self._wake_up is not None and not self._wake_up.done():
+            self._wake_up.set_result(None)
+
+    def _regulate(self) -> None:
+        """Stops reading while the owner is further behind than the broker should allow.
+
+        Brokers that honour Receive Maximum never get here. While an answer of the broker is
+        awaited, reading goes on: the owner may be waiting for just that before it takes events.
+        """
+        connection = self._connection
+        if connection is None:
+            return
+        too_many = self._queued_deliveries > self.settings.receive_maximum
+        pause = too_many and self._up and not self._outbox and not connection.awaits_answers
+        if pause != self._paused:
+            self._paused = pause
+            if pause:
+                connection.pause_reading()
+            else:
+                connection.resume_reading()
+
+    def _on_keeper_done(self, keeper: asyncio.Task[None]) -> None:
+        # It ends by itself only through a defect: then the link is closed, loudly.
+        if not keeper.cancelled() and keeper.exception() is not None:
+            log.error("link_failed client_id=%s", self.settings.client_id)
+            self._failure = keeper.exception()
+            self._closed = True
+            for outgoing in self._outbox.close():
+                if not outgoing.done.done():
+                    outgoing.done.set_exception(LinkClosed("the link failed"))
+            self._wake()
+
+    def _raise_if_closed(self) -> None:
+        if self._closed:
+            raise LinkClosed("the link was closed") from self._failure

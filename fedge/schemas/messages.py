@@ -1,0 +1,291 @@
+"""The control messages: small JSON objects that any MQTT tool can show.
+
+Every one has a protocol version, an id and the sender's time. They are parsed once, here, with
+unknown fields forbidden and every size bounded; afterwards the types are trusted. Bulk data
+(weights, graphs, updates) never travels in these: a message carries a `BlobRef` to it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from enum import StrEnum
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedge.schemas.blobs import BlobRef
+from fedge.schemas.errors import PeerError, RejectReason
+from fedge.schemas.ids import (
+    Digest,
+    MessageId,
+    RoundNumber,
+    Seed,
+    VersionNumber,
+    new_message_id,
+)
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 96 * 1024
+"""A control message above this is refused unread. The largest honest one lists 2,048 chunks."""
+
+Detail = Annotated[str, Field(max_length=500)]
+Seconds = Annotated[float, Field(ge=0, le=30 * 86400)]
+Count = Annotated[int, Field(ge=0, le=2**40)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Bitmap = Annotated[str, Field(max_length=512)]
+
+
+class Message(BaseModel):
+    """What every control message has. `ts`: the sender's clock in seconds, for people only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    v: Literal[1] = 1
+    id: MessageId = Field(default_factory=new_message_id)
+    ts: Annotated[float, Field(ge=0, le=1e12)] = Field(default_factory=time.time)
+
+
+# ---------------------------------------------------------------- coordinator → all, retained
+
+
+class VersionAnnouncement(Message):
+    """The newest version: everything a device must fetch to use it or to train from it.
+
+    `model_sha256`, `model_bytes`: the ONNX file that a device makes from the plan's `infer` graph
+    and `weights`. `golden`: the outputs it must give for the plan's golden inputs.
+    """
+
+    number: VersionNumber
+    plan: BlobRef
+    weights: BlobRef
+    golden: BlobRef
+    model_sha256: Digest
+    model_bytes: Count
+
+
+class RoundPhase(StrEnum):
+    """What a round wants from devices now."""
+
+    GATHERING = "gathering"
+    TRAINING = "training"
+    CLOSED = "closed"
+
+
+class RoundAnnouncement(Message):
+    """The state of the newest round. Devices that are ready check in while it gathers.
+
+    `checkin_spread_s`: a device waits a random part of this before it checks in.
+    """
+
+    round: RoundNumber
+    base: VersionNumber
+    phase: RoundPhase
+    checkin_spread_s: Seconds = 0.0
+
+
+# ---------------------------------------------------------------- coordinator → one device
+
+
+class Assignment(Message):
+    """You are in the cohort: train from `base` and offer the difference before the deadline.
+
+    `seed` fixes the order of examples and the randomness of the plan on this device.
+    `local_steps`: stop after so many batches, whatever `local_epochs` says.
+    """
+
+    round: RoundNumber
+    base: VersionNumber
+    plan_sha256: Digest
+    deadline_s: Seconds
+    seed: Seed
+    batch_size: Annotated[int, Field(ge=1, le=65536)]
+    learning_rate: Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)]
+    local_epochs: Annotated[int, Field(ge=0, le=1000)]
+    local_steps: Annotated[int, Field(ge=0, le=10**9)] | None = None
+    proximal_mu: Annotated[float, Field(ge=0, le=1e3, allow_inf_nan=False)] = 0.0
+
+
+class Retry(Message):
+    """You are not in this round's cohort: check in again after so long, with jitter."""
+
+    round: RoundNumber
+    after_s: Seconds
+
+
+class Grant(Message):
+    """Send the chunks that `held` lacks, at most `window` of them ahead of the next `have`."""
+
+    round: RoundNumber
+    sha256: Digest
+    window: Annotated[int, Field(ge=1, le=1000)]
+    held: Bitmap
+
+
+class Have(Message):
+    """These chunks of your upload arrived and were verified."""
+
+    round: RoundNumber
+    sha256: Digest
+    held: Bitmap
+
+
+class ReceiptStatus(StrEnum):
+    """The two ends of an offer."""
+
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"
+
+
+class Receipt(Message):
+    """The durable answer about one update; the device may forget the update now."""
+
+    round: RoundNumber
+    sha256: Digest
+    status: ReceiptStatus
+    reason: RejectReason | None = None
+    detail: Detail = ""
+
+
+class Abort(Message):
+    """Stop working on this round; nothing of it will be accepted."""
+
+    round: RoundNumber
+    reason: RejectReason
+
+
+# ---------------------------------------------------------------- device → coordinator
+
+
+class Checkin(Message):
+    """Ready to train in `round`. `version`: the newest version held in full, if any."""
+
+    round: RoundNumber
+    version: VersionNumber | None = None
+    examples: Count
+    boot: Count
+
+
+class LossCurve(BaseModel):
+    """How the loss went on a device: means by epoch, and by batch in order, as trained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    by_epoch: Annotated[tuple[Finite, ...], Field(max_length=1000)] = ()
+    by_batch: Annotated[tuple[Finite, ...], Field(max_length=2048)] = ()
+
+
+class Offer(Message):
+    """An update lies ready: here is what it is and what it was made from.
+
+    `metrics`: means over the examples as they were trained on, in the plan's metric names.
+    `training_s`: wall time of the training alone.
+    """
+
+    round: RoundNumber
+    base: VersionNumber
+    update: BlobRef
+    codec: Literal["f32"] = "f32"
+    examples: Annotated[int, Field(ge=1, le=2**40)]
+    steps: Count
+    training_s: Seconds
+    loss: LossCurve
+    metrics: Annotated[dict[Annotated[str, Field(max_length=40)], Finite], Field(max_length=16)]
+
+
+class Need(Message):
+    """These retained chunks did not come from the broker: publish them again."""
+
+    sha256: Digest
+    missing: Bitmap
+    chunk_count: Annotated[int, Field(ge=1, le=2048)]
+
+
+class ReportKind(StrEnum):
+    """What became of a version or an assignment on a device."""
+
+    ACTIVATED = "activated"
+    ACTIVATION_FAILED = "activation_failed"
+    TRAINING_FAILED = "training_failed"
+
+
+class Report(Message):
+    """News from a device that asks for no answer."""
+
+    kind: ReportKind
+    version: VersionNumber | None = None
+    round: RoundNumber | None = None
+    detail: Detail = ""
+
+
+# ---------------------------------------------------------------- presence
+
+
+class Presence(Message):
+    """Birth (online) and will (offline) of a device, each with the boot it belongs to.
+
+    A death of an older boot than the newest birth is ignored.
+    """
+
+    boot: Count
+    online: bool
+    agent_version: Annotated[str, Field(max_length=40)] = ""
+
+
+M = TypeVar("M", bound=Message)
+
+_REASONS = {
+    "extra_forbidden": RejectReason.UNKNOWN_FIELD,
+    "literal_error": RejectReason.INVALID_FIELD,
+}
+
+
+def encode(message: Message) -> bytes:
+    """The message as compact JSON. Raises `ValueError` if it is above `MAX_MESSAGE_BYTES`."""
+    data = message.model_dump_json(exclude_none=True).encode()
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a {type(message).__name__} of {len(data)} bytes: {MAX_MESSAGE_BYTES=}")
+    return data
+
+
+def decode(kind: type[M], data: bytes) -> M:
+    """Parses a message of the given kind.
+
+    Raises `PeerError`: oversized, truncated or malformed (not JSON), unknown_version,
+    unknown_field, invalid_field. An unknown version is told before anything else in the message.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise PeerError(RejectReason.OVERSIZED, f"{len(data)} bytes, at most {MAX_MESSAGE_BYTES}")
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        raise _refusal(kind.__name__, data, error) from error
+
+
+def _refusal(kind: str, data: bytes, error: ValidationError) -> PeerError:
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    if problems[0]["type"] == "json_invalid":
+        return PeerError(_json_reason(data), f"{kind}: {problems[0]['msg']}"[:300])
+    for problem in problems:
+        if problem["loc"] == ("v",):
+            return PeerError(
+                RejectReason.UNKNOWN_VERSION, f"{kind}: protocol {PROTOCOL_VERSION} is spoken here"
+            )
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"])[:100]
+    reason = _REASONS.get(first["type"], RejectReason.INVALID_FIELD)
+    return PeerError(reason, f"{kind}.{where}: {first['msg']}"[:300])
+
+
+def _json_reason(data: bytes) -> RejectReason:
+    try:
+        json.loads(data)
+    except UnicodeDecodeError:
+        return RejectReason.MALFORMED
+    except RecursionError:
+        return RejectReason.MALFORMED
+    except json.JSONDecodeError as error:
+        # JSON that is right up to its last byte was cut; anything else never was JSON.
+        cut = error.pos >= len(data.rstrip()) or error.msg.startswith("Unterminated string")
+        return RejectReason.TRUNCATED if cut else RejectReason.MALFORMED
+    return RejectReason.MALFORMED

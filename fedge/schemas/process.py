@@ -1,0 +1,70 @@
+"""How both programs run and end: one event loop, one way to stop, one place for errors.
+
+SIGTERM and SIGINT cancel the main task, which closes its links and files and ends with status 0.
+An error that Fedge raised on purpose becomes one line on stderr and an exit status; anything else
+keeps its traceback.
+
+    0  done, or stopped by a signal
+    1  it failed: the network, the disk, a plan, a peer
+    2  it was asked wrongly: the command line or the configuration
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+from fedge.schemas.errors import ConfigError, FedgeError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+@contextlib.contextmanager
+def errors_as_exit_status() -> Iterator[None]:
+    """Turns a `FedgeError`, alone or in groups of tasks, into a line on stderr and an exit."""
+    try:
+        yield
+    except FedgeError as error:
+        _exit_with(error)
+    except BaseExceptionGroup as group:
+        known, unknown = group.split(FedgeError)
+        if known is None or unknown is not None:
+            raise
+        first: BaseException = known
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        _exit_with(first)
+
+
+def run_until_stopped(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Runs `work()` on an event loop until it ends or a signal stops it."""
+    asyncio.run(_stoppable(work))
+
+
+async def _stoppable(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    task = asyncio.ensure_future(work())
+    loop = asyncio.get_running_loop()
+    stopped = False
+
+    def stop() -> None:
+        nonlocal stopped
+        stopped = True
+        task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not stopped:
+            raise
+
+
+def _exit_with(error: BaseException) -> None:
+    print(f"error: {error}", file=sys.stderr)  # noqa: T201 -- the program's last word
+    sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED)
