@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -126,6 +127,9 @@ class MosquittoBroker(BrokerProcess):
         """Writes the configuration and returns the command line."""
         assert MOSQUITTO is not None, "mosquitto is not installed"
         lines = [f"listener {self.port} {HOST}", "log_dest stderr", "log_type all"]
+        if os.geteuid() == 0:
+            # It would become the user `mosquitto`, who may not read the test's files.
+            lines.append("user root")
         if not any(line.startswith("allow_anonymous") for line in self.settings):
             lines.append("allow_anonymous true")
         path = self.folder / "mosquitto.conf"

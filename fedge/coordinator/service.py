@@ -666,8 +666,9 @@ class Coordinator:
 
     def _reject(self, device: str, offer: messages.Offer, error: PeerError) -> None:
         state = self._round
-        # A refused update of the open round is shown there; one of another round where it belongs.
-        self._refuse(device, error, state.number if state is not None else None)
+        # What came after its round's end belongs to that round's record, else to the open one's.
+        known = error.reason in (RejectReason.REPLAY, RejectReason.LATE)
+        self._refuse(device, error, offer.round if known else None)
         self._tell(device, rejected_receipt(offer, error))
         if state is None or offer.round != state.number or device not in state.cohort:
             return

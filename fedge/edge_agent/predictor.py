@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ RawExample = bytes | Path | Array | Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
-class Likelihood:
+class ClassProbability:
     """One class and its probability, 0 to 1."""
 
     label: str
@@ -43,17 +44,25 @@ class ClassPrediction:
     are and turns logits into probabilities.
     """
 
-    likelihoods: tuple[Likelihood, ...]
+    probabilities: tuple[ClassProbability, ...]
 
     @property
     def label(self) -> str:
         """Of the likeliest class: the manifest's label, or its number."""
-        return self.likelihoods[0].label
+        return self.probabilities[0].label
 
     @property
     def index(self) -> int:
         """Of the likeliest class."""
-        return self.likelihoods[0].index
+        return self.probabilities[0].index
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: label, index, probabilities."""
+        return {"label": self.label, "index": self.index, **asdict(self)}
+
+    def sentence(self) -> str:
+        """For people: the classes with their probabilities."""
+        return ", ".join(f"{one.label} {one.probability:.1%}" for one in self.probabilities)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,14 @@ class ValuePrediction:
     """The model's numbers."""
 
     values: tuple[float, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: values."""
+        return asdict(self)
+
+    def sentence(self) -> str:
+        """For people: the numbers."""
+        return ", ".join(f"{value:.6g}" for value in self.values)
 
 
 Prediction = ClassPrediction | ValuePrediction
@@ -98,16 +115,31 @@ class Predictor:
         return interpret(output[0], self._manifest, top=top)
 
 
+def read_example(text: str, manifest: PlanManifest) -> RawExample:
+    """The example that a person typed: the path of an image, or numbers with commas between them.
+
+    Raises `ConfigError` if the task is on tables and `text` is not numbers.
+    """
+    if isinstance(manifest.features, ImageFeatures):
+        return Path(text)
+    try:
+        return [float(cell) for cell in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(
+            f"this task takes {manifest.features.columns} numbers with commas between them: {error}"
+        ) from error
+
+
 def encode_example(raw: RawExample, manifest: PlanManifest) -> npt.NDArray[np.float32]:
     """One example as the model's input, `[1, …]`. Raises `ConfigError` if it does not fit."""
     features = manifest.features
     match features:
         case ImageFeatures():
-            pixels = _pixels(raw, features)
+            example = _pixels(raw, features)
         case TabularFeatures():
-            pixels = _row(raw, features)
+            example = _row(raw, features)
     try:
-        return features.encode(pixels[np.newaxis])
+        return features.encode(example[np.newaxis])
     except TrainingFailed as error:  # the specification's word for "does not fit"
         raise ConfigError(f"this example is not what the task takes: {error}") from error
 
@@ -125,7 +157,7 @@ def interpret(output: Array, manifest: PlanManifest, *, top: int) -> Prediction:
     order = np.argsort(-probabilities, kind="stable")[: max(1, top)]
     labels = target.labels or tuple(str(index) for index in range(target.classes))
     return ClassPrediction(
-        tuple(Likelihood(labels[i], int(i), float(probabilities[i])) for i in order)
+        tuple(ClassProbability(labels[i], int(i), float(probabilities[i])) for i in order)
     )
 
 
@@ -136,16 +168,17 @@ def _pixels(raw: RawExample, features: ImageFeatures) -> Array:
     name = "the image" if isinstance(raw, bytes) else str(raw)
     try:
         with Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw) as image:
-            image = image.convert("L" if features.channels == 1 else "RGB")
-            if image.size != (features.width, features.height):
-                size = (features.width, features.height)
-                image = image.resize(size, Image.Resampling.BILINEAR)
-            pixels = np.asarray(image, np.float32)
+            if image.mode.startswith(("I", "F")):
+                raise ConfigError(f"{name} has more than 8 bits a channel; save it with 8")
+            converted = image.convert("L" if features.channels == 1 else "RGB")
     except UnidentifiedImageError as error:
         raise ConfigError(f"{name} is not an image in a known format (PNG, JPEG, …)") from error
     except (OSError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{name} cannot be read: {error}") from error
-    return pixels * np.float32(features.raw_max / 255.0)
+    size = (features.width, features.height)
+    if converted.size != size:
+        converted = converted.resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(converted, np.float32) * np.float32(features.raw_max / 255.0)
 
 
 def _row(raw: RawExample, features: TabularFeatures) -> Array:

@@ -459,7 +459,7 @@ def _field(number: int, payload: bytes) -> bytes:
 
 
 def _encode_tensor(name: str, array: Array) -> bytes:
-    code = _DTYPE_CODES.get(str(array.dtype))
+    code = _DTYPE_CODES.get(array.dtype.name)
     if code is None:
         raise PlanRefused(f"the weight {name!r} has the dtype {array.dtype}, which is not allowed")
     little_endian = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))

@@ -27,13 +27,15 @@ def graphs_of(plan: CompiledPlan) -> tuple[PlanManifest, bytes, bytes]:
     return plan.manifest, plan.blobs[graphs.train.sha256], plan.blobs[graphs.eval.sha256]
 
 
-def random_batch(manifest: PlanManifest, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`rows` inputs and targets of the plan's kinds; tokens and classes from 0 to 2."""
+def random_batch(
+    manifest: PlanManifest, rows: int, seed: int, *, tokens: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """`rows` inputs and targets of the plan's kinds: classes from 0 to 2, tokens from 0 to 11."""
     rng = np.random.default_rng(seed)
     shape = (rows, *manifest.features.tensor.shape[1:])
     if manifest.target.kind == "class":
         target = rng.integers(0, 3, rows)
     else:
         target = rng.standard_normal((rows, manifest.target.width)).astype(np.float32)
-    inputs = rng.integers(0, 12, shape) if "tied" in manifest.task else rng.standard_normal(shape)
+    inputs = rng.integers(0, 12, shape) if tokens else rng.standard_normal(shape)
     return inputs.astype(np.float32), target

@@ -211,7 +211,7 @@ def _serialised(nodes, inputs, outputs) -> bytes:
 
 
 def train_graph(*extra: onnx.NodeProto, wasted_floats: int = 0) -> bytes:
-    """`extra`: nodes whose results nobody uses. `wasted_floats`: of a detour that the loss makes."""
+    """`extra`: nodes whose results nobody uses. `wasted_floats`: of a detour of the loss."""
     node = helper.make_node
     loss = [node("Div", ["square_sum", "count"], ["loss"])]
     if wasted_floats:

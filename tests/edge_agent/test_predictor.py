@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from fedge.edge_agent.predictor import ClassPrediction, Predictor, ValuePrediction, encode_example
+from fedge.edge_agent.predictor import (
+    ClassPrediction,
+    Predictor,
+    ValuePrediction,
+    encode_example,
+    interpret,
+    read_example,
+)
 from fedge.schemas.errors import ConfigError, PlanRefused, StoreError
 from fedge.schemas.features import ClassTarget, ImageFeatures
 from fedge.schemas.tensors import TensorSpec
@@ -49,9 +58,15 @@ def half_sums(tmp_path):
     return path
 
 
-def png(pixels, mode=None) -> bytes:
+def png(pixels) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(np.asarray(pixels, np.uint8), mode).save(out, "PNG")
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def sixteen_bits() -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((2, 3), np.uint16)).save(out, "PNG")
     return out.getvalue()
 
 
@@ -71,26 +86,26 @@ def test_a_row_gives_the_models_number(tmp_path):
 def test_an_image_gives_classes_by_falling_probability(half_sums):
     predictor = Predictor(half_sums, image_manifest(labels=("sky", "ground")))
     found = predictor.predict(png(UPPER))
-    # Outputs 3 and 0: e³ / (e³ + 1).
+    odds = np.exp(3.0)  # the outputs are 3 and 0
     assert (found.label, found.index) == ("sky", 0)
-    assert [one.probability for one in found.likelihoods] == pytest.approx([0.952574, 0.047426])
-    assert [one.label for one in found.likelihoods] == ["sky", "ground"]
+    assert [one.probability for one in found.probabilities] == pytest.approx(
+        [odds / (odds + 1), 1 / (odds + 1)]
+    )
+    assert [one.label for one in found.probabilities] == ["sky", "ground"]
 
 
 def test_log_probabilities_and_logits_give_the_same_probabilities(half_sums):
-    from fedge.edge_agent.predictor import interpret
-
     logits = np.array([2.0, -1.0])
     shifted = logits - np.log(np.exp(logits).sum())
     found = [interpret(x, image_manifest(), top=2) for x in (logits, shifted)]
-    for one, other in zip(found[0].likelihoods, found[1].likelihoods, strict=True):
+    for one, other in zip(found[0].probabilities, found[1].probabilities, strict=True):
         assert one.probability == pytest.approx(other.probability)
     assert isinstance(found[0], ClassPrediction)
 
 
 def test_classes_without_labels_are_named_by_their_number(half_sums):
     found = Predictor(half_sums, image_manifest()).predict(png(UPPER[::-1]), top=1)
-    assert [(one.label, one.index) for one in found.likelihoods] == [("1", 1)]
+    assert [(one.label, one.index) for one in found.probabilities] == [("1", 1)]
 
 
 def test_an_image_file_and_its_pixels_give_the_same(half_sums, tmp_path):
@@ -125,10 +140,11 @@ def test_colours_become_grey_or_stay_channels_as_the_task_says():
     ("raw", "words"),
     [
         (b"GIF of nothing", "not an image"),
+        (sixteen_bits(), "more than 8 bits"),
         (np.zeros((4, 4)), "do not fit the task's 2x3x1"),
         ("no-such-file.png", "cannot be read"),
     ],
-    ids=["garbage", "size", "absent"],
+    ids=["garbage", "depth", "size", "absent"],
 )
 def test_what_is_not_the_tasks_image_is_named(half_sums, raw, words, tmp_path):
     raw = tmp_path / raw if isinstance(raw, str) else raw
@@ -155,3 +171,20 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"not a model")
     with pytest.raises(PlanRefused, match="cannot load"):
         Predictor(tmp_path / "model.onnx", PLAN.manifest)
+
+
+def test_what_a_person_typed_is_a_path_or_numbers_as_the_task_takes():
+    assert read_example("1, -2.5,3e-1", PLAN.manifest) == [1.0, -2.5, 0.3]
+    assert read_example("a/b.png", image_manifest()) == Path("a/b.png")
+    with pytest.raises(ConfigError, match="3 numbers with commas"):
+        read_example("1,two,3", PLAN.manifest)
+
+
+def test_predictions_can_be_said_and_sent(half_sums):
+    found = Predictor(half_sums, image_manifest(labels=("sky", "ground"))).predict(png(UPPER))
+    assert found.sentence() == "sky 95.3%, ground 4.7%"
+    sent = json.loads(json.dumps(found.as_dict()))
+    assert (sent["label"], sent["index"]) == ("sky", 0)
+    assert [one["label"] for one in sent["probabilities"]] == ["sky", "ground"]
+    assert ValuePrediction((1.5, -2.0)).sentence() == "1.5, -2"
+    assert ValuePrediction((1.5,)).as_dict() == {"values": (1.5,)}

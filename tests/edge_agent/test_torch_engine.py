@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import helper
 
 from fedge.edge_agent.batching import batches
@@ -15,6 +18,7 @@ from fedge.edge_agent.engines import EngineName, open_engine
 from fedge.edge_agent.engines.onnx_engine import OnnxEngine
 from fedge.edge_agent.engines.torch_engine import TorchEngine
 from fedge.schemas.errors import ConfigError, PeerError, PlanRefused, TrainingFailed
+from fedge.schemas.onnx_wire import check_graph
 from fedge.schemas.plan import Padding
 from tests.edge_agent.plans import (
     COLUMNS,
@@ -26,6 +30,10 @@ from tests.edge_agent.plans import (
 )
 
 LR, MU = 0.05, 0.3
+WHOLE = train_graph()
+_GRAPH = onnx.load_model_from_string(WHOLE).graph
+WHOLE_INPUTS = [one.name for one in _GRAPH.input]
+WHOLE_OUTPUTS = [one.name for one in _GRAPH.output]
 
 
 def engine(**options) -> TorchEngine:
@@ -220,6 +228,21 @@ def test_a_loss_of_many_elements_is_refused():
     with pytest.raises(PlanRefused, match=r"loss has the shape \[8, 1\]"):
         trained.step(x, y, np.ones(8, np.float32), lr=LR, mu=0, seed=0)
     assert (trained.weights()["w"] == initial_weights()["w"]).all()
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=4))
+def test_a_damaged_graph_trains_or_raises_only_our_errors(changes):
+    data = bytearray(WHOLE)
+    for place, byte in changes:
+        data[place % len(data)] = byte
+    plan = linear_plan()
+    x, y = examples(8)
+    with contextlib.suppress(PlanRefused, TrainingFailed):
+        check_graph(bytes(data), inputs=WHOLE_INPUTS, outputs=WHOLE_OUTPUTS)
+        trained = TorchEngine(plan.manifest, bytes(data), None, device="cpu")
+        trained.load(initial_weights())
+        trained.step(x, y, np.ones(8, np.float32), lr=LR, mu=0, seed=0)
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff" * 40, b"\x08\x0a"])

@@ -209,6 +209,28 @@ def test_after_unsubscribing_nothing_comes(play):
     play(scenario)
 
 
+def test_what_only_an_earlier_process_asked_for_is_dropped(play):
+    async def scenario(bench: Bench) -> None:
+        old, new, client_id = unique("t"), unique("t"), unique("client")
+        before = await bench.link(client_id)
+        await before.subscribe(old)
+        await before.start()
+        await up(before)
+        await before.close()
+        sender = await started(bench)
+        # More than may be unacknowledged: the link has to acknowledge what it drops.
+        for _ in range(40):
+            await sender.publish(old, b"stale", retain=True)
+        after = await bench.link(client_id)
+        await after.subscribe(new)
+        await after.start()
+        await up(after)
+        await sender.publish(new, b"asked for")
+        assert (await delivery(after)).payload == b"asked for"
+
+    play(scenario)
+
+
 def test_a_session_gets_what_was_published_while_its_client_was_cut_off(play):
     async def scenario(bench: Bench) -> None:
         topic, client_id = unique("t"), unique("client")

@@ -7,6 +7,7 @@ operator that fails later, in another form, can still be traced to the module th
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedge.schemas.errors import FedgeError, UnsupportedModel
+from fedge.schemas.onnx_wire import ALLOWED_OPERATORS, inspect_graph
 
 NO_OPERATOR = "none"
 _OUTSIDE = "outside the model: its loss, metrics or gradient"
@@ -61,15 +64,19 @@ class ModelTracker(TorchDispatchMode):
         """Where a complex number first appeared, or None."""
         return self._complex
 
-    def user_of(self, operator: str) -> str:
-        """The module that first used `operator` (as `aten.name.overload`), else one like it."""
+    def user_of(self, operator: str) -> Located:
+        """The module that first used `operator`, or the operator that it most looks like.
+
+        What an exporter refuses is often a part of what the module called (`prims.erf_inv` of
+        `aten.erfinv`) or its gradient, so names are compared by likeness.
+        """
         if operator in self._first_use:
-            return self._first_use[operator]
-        base = re.sub(r"_backward$", "", operator.removeprefix("aten.").split(".")[0].strip("_"))
-        for used, module in self._first_use.items():
-            if used.removeprefix("aten.").split(".")[0].strip("_").startswith(base):
-                return module
-        return _OUTSIDE
+            return Located(self._first_use[operator], operator)
+        near = {_bare(used): used for used in self._first_use}
+        match = difflib.get_close_matches(_bare(operator), near, n=1, cutoff=0.6)
+        if not match:
+            return Located(_OUTSIDE, operator)
+        return Located(self._first_use[near[match[0]]], near[match[0]])
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, followed while it runs."""
@@ -122,6 +129,11 @@ class ModelTracker(TorchDispatchMode):
             self._active.pop()
 
 
+def _bare(operator: str) -> str:
+    """`aten._special_i1_backward.default` → `speciali1`."""
+    return operator.split(".")[1].removesuffix("_backward").replace("_", "")
+
+
 def fixed_batch(size: int) -> UnsupportedModel:
     """The model computes with the number of rows of the example as if it were a constant."""
     return UnsupportedModel(
@@ -139,6 +151,12 @@ class _Rule(NamedTuple):
     advice: str
 
 
+_DYNAMIC_SHAPE = _Rule(
+    re.compile(r"DynamicOutputShape|nonzero|masked_select|aten\.unique"),
+    "the model makes a tensor whose shape depends on the data",
+    "Keep the shape and put zeros in place of what is left out: x * mask or torch.where",
+)
+
 _RULES = (
     _Rule(
         re.compile(
@@ -151,11 +169,7 @@ _RULES = (
         "Compute both sides and choose with torch.where(condition, a, b), or make the choice from "
         "shapes and settings, which are fixed",
     ),
-    _Rule(
-        re.compile(r"DynamicOutputShape|nonzero|masked_select|aten\.unique"),
-        "the model makes a tensor whose shape depends on the data",
-        "Keep the shape and put zeros in place of what is left out: x * mask or torch.where",
-    ),
+    _DYNAMIC_SHAPE,
     _Rule(
         re.compile(r"\.numpy\(\)|numpy\(\) on|Tensor\.numpy|not supported for tensor subclasses"),
         "the model leaves torch (numpy or Python numbers) while it computes",
@@ -192,14 +206,7 @@ def explain(error: Exception, tracker: ModelTracker) -> UnsupportedModel:
         )
     missing = _MISSING.search(text)
     if missing is not None:
-        operator = f"{missing[1]}.{missing[2]}"
-        return UnsupportedModel(
-            "an operator of the model has no form in ai.onnx",
-            module=tracker.user_of(operator),
-            operator=operator,
-            advice="Write it with elementary operations (sums, products, exp, where, gather), "
-            "or use a layer that is supported in its place",
-        )
+        return _without_form(*tracker.user_of(f"{missing[1]}.{missing[2]}"))
     for rule in _RULES:
         if rule.pattern.search(text):
             return UnsupportedModel(
@@ -212,6 +219,38 @@ def explain(error: Exception, tracker: ModelTracker) -> UnsupportedModel:
         operator=where.operator,
         advice="Reduce the module to elementary torch operations on its input, with shapes that "
         "depend on nothing but the batch's size",
+    )
+
+
+def check_recorded(graph: torch.fx.Graph, tracker: ModelTracker) -> None:
+    """Raises `UnsupportedModel` if a recorded operator's result has a shape that data decides."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and free_unbacked_symbols(value.shape):
+            where = tracker.user_of(str(node.target))
+            raise UnsupportedModel(
+                _DYNAMIC_SHAPE.problem,
+                module=where.module,
+                operator=where.operator,
+                advice=_DYNAMIC_SHAPE.advice,
+            )
+
+
+def check_operators(graph: bytes, tracker: ModelTracker) -> None:
+    """Raises `UnsupportedModel` if the ONNX graph has an operator that no device would accept."""
+    for domain, operator in sorted(inspect_graph(graph).operators):
+        if domain or operator not in ALLOWED_OPERATORS:
+            module, found = tracker.user_of(f"onnx.{operator.lower()}.default")
+            raise _without_form(module, f"{found} (as {domain or 'ai.onnx'}::{operator})")
+
+
+def _without_form(module: str, operator: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        "an operator of the model has no form among the ai.onnx operators of a plan",
+        module=module,
+        operator=operator,
+        advice="Write it with elementary operations (sums, products, exp, where, gather), or use "
+        "a layer that is supported in its place",
     )
 
 

@@ -7,12 +7,12 @@ verify them against eager torch, describe them. Compiling a task again gives the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from fedge.coordinator.compiler import verification
-from fedge.coordinator.compiler.diagnosis import ModelTracker, explaining
+from fedge.coordinator.compiler.diagnosis import ModelTracker, check_operators, explaining
 from fedge.coordinator.compiler.examples import golden_inputs, random_batch
 from fedge.coordinator.compiler.inspection import (
     Inspection,
@@ -77,13 +77,14 @@ def compile_task(task: Task) -> CompiledPlan:
     graphs: dict[str, bytes] = {}
     for name, function in functions.items():
         with explaining(tracker):
-            program = trace(replace(function, call=tracker.wrap(function.call)), example)
+            program = trace(function, example, tracker)
             graphs[name] = to_onnx(
                 program,
                 [specs[one] for one in function.inputs],
                 [_output_spec(one, specs) for one in function.outputs],
                 open_inputs=name == "infer",
             )
+        check_operators(graphs[name], tracker)
     golden = encode_tensors({"input": golden_inputs(task, _GOLDEN_SEED)})
     manifest = PlanManifest(
         task=task.name,

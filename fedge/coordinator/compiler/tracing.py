@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,23 +23,27 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedge.coordinator.compiler.decompositions import TABLE
-from fedge.coordinator.compiler.diagnosis import fixed_batch
+from fedge.coordinator.compiler.diagnosis import ModelTracker, check_recorded, fixed_batch
 from fedge.coordinator.compiler.step import PureFunction
 
 TRACE_BATCH = 7
 """Rows of the example. A model that computes with this very number is caught by it."""
 
 
-def trace(function: PureFunction, example: Mapping[str, Tensor]) -> ExportedProgram:
+def trace(
+    function: PureFunction, example: Mapping[str, Tensor], tracker: ModelTracker
+) -> ExportedProgram:
     """The program of `function`, its inputs and outputs in the function's order.
 
     `example`: a tensor for each input, with `TRACE_BATCH` rows where the batch is.
-    Raises `UnsupportedModel` if the batch's size would be fixed, and whatever torch raises.
+    Raises `UnsupportedModel` if the batch's size would be fixed or a shape would depend on data,
+    and whatever torch raises.
     """
     tensors = [example[name] for name in function.inputs]
     batched = [name in function.batched for name in function.inputs]
     with portable_operators():
-        recorded = _record(function, tensors, batched)
+        recorded = _record(replace(function, call=tracker.wrap(function.call)), tensors, batched)
+        check_recorded(recorded.graph, tracker)
         shapes = tuple({0: Dim.DYNAMIC} if is_batched else None for is_batched in batched)
         return torch.export.export(recorded, tuple(tensors), dynamic_shapes=shapes, strict=False)
 

@@ -41,6 +41,8 @@ class _Frozen(BaseModel):
 class PartitionConfig(_Frozen):
     """This device's share of a data set that several virtual devices use.
 
+    `scheme`: `iid`, `ordered`, `shards`, `dirichlet:ALPHA` or `weighted:W0,W1,…` (`partition`).
+
     All of them name the same `scheme`, `of` and `seed`; each has its own `index`, 0 to `of` - 1.
     """
 
@@ -88,7 +90,7 @@ class DataConfig(_Frozen):
     target_columns: Annotated[tuple[Column, ...], Field(min_length=1)] = (-1,)
     ignore_columns: tuple[Column, ...] = ()
     header: bool | Literal["auto"] = "auto"
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    delimiter: Annotated[str, Field(pattern=r"\A[^\"\r\n]\z")] = ","
     limit: Annotated[int, Field(ge=1)] | None = None
     partition: PartitionConfig | None = None
 

@@ -29,6 +29,9 @@ _log = logging.getLogger(__name__)
 
 _Shapes = tuple[torch.Size, ...]
 
+_SPECIALISATIONS_MAX = 8
+"""Sizes of batches kept ready: a full one and the last one of an epoch, for a few rounds."""
+
 
 class TorchEngine:
     """An `Engine` on torch.
@@ -202,7 +205,7 @@ class TorchEngine:
 
 
 class _Runner:
-    """A graph and its specialisations: one for each size of a batch, few in number."""
+    """A graph and its specialisations: one for each size of a batch, the latest few of them."""
 
     def __init__(self, graph: bytes, device: torch.device) -> None:
         self._program = Program(graph)
@@ -219,6 +222,8 @@ class _Runner:
         if specialised is not None:
             return specialised.run(inputs), False
         specialised, outputs = specialise(self._program, inputs, self._device)
+        if len(self._known) == _SPECIALISATIONS_MAX:
+            del self._known[next(iter(self._known))]  # the oldest
         self._known[self._shapes(inputs)] = specialised
         return outputs, True
 

@@ -29,6 +29,8 @@ def _constant(node: Node) -> Kernel:
         value = torch.tensor(numbers, dtype=torch.int64)
     else:
         raise ValueError(f"a constant given by {sorted(attributes)}")
+    if not isinstance(value, Tensor):
+        raise TypeError(f"a constant whose value is {value!r}, not a tensor")
     return lambda: value
 
 

@@ -38,6 +38,7 @@ _ABSENT = 0
 
 FAILURES = (
     RuntimeError,
+    AttributeError,
     IndexError,
     ValueError,
     TypeError,
@@ -74,7 +75,7 @@ class Program:
             model = onnx.load_model_from_string(data)
             self.constants = {one.name: _tensor(one) for one in model.graph.initializer}
             self.steps = [_parse_node(node) for node in model.graph.node]
-        except (DecodeError, ValueError, TypeError) as error:
+        except (DecodeError, *FAILURES) as error:
             raise PlanRefused(f"the graph cannot be read: {error}") from error
         opset = max((one.version for one in model.opset_import if not one.domain), default=0)
         if opset not in _OPSETS:

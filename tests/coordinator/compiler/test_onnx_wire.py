@@ -264,7 +264,7 @@ def test_nesting_beyond_the_limit_is_refused_and_up_to_it_read() -> None:
     with pytest.raises(PlanRefused, match="nested"):
         inspect_graph(nested(MAX_GRAPH_DEPTH + 1))
     with pytest.raises(PlanRefused, match="nested"):
-        inspect_graph(nested(90))
+        inspect_graph(nested(20))
 
 
 def test_an_embedded_model_is_valid_and_computes_with_the_weights() -> None:

@@ -21,20 +21,21 @@ def batch_norm(
     inputs: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     training: bool,  # noqa: FBT001 -- ATen's signature
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(output, saved mean, saved 1/std); in training the running statistics are written to."""
-    if not training:
-        return _normalized(inputs, weight, bias, running_mean, running_var, eps)
     mean, variance, count = _batch_statistics(inputs)
-    # Of one row no variance is known: the divisor n - 1 is taken as 1.
-    unbiased = variance * (count / (count - 1.0).clamp(min=1.0))
-    running_mean.copy_(running_mean * (1 - momentum) + mean * momentum)
-    running_var.copy_(running_var * (1 - momentum) + unbiased * momentum)
+    if running_mean is not None and running_var is not None:
+        if not training:
+            return _normalized(inputs, weight, bias, running_mean, running_var, eps)
+        # Of one row no variance is known: the divisor n - 1 is taken as 1.
+        unbiased = variance * (count / (count - 1.0).clamp(min=1.0))
+        running_mean.copy_(running_mean * (1 - momentum) + mean * momentum)
+        running_var.copy_(running_var * (1 - momentum) + unbiased * momentum)
     return _normalized(inputs, weight, bias, mean, variance, eps)
 
 

@@ -300,16 +300,18 @@ class Connection:
         elif code.getName() == "Keep alive timeout":
             self._end(Lost("the broker was silent past the keep-alive", closed_by_peer=False))
         else:
-            self._end(Lost(f"the connection was lost: {code}"))
+            # paho tells no more than that; mosquitto 2.0 closes so when a session is taken over.
+            self._end(Lost("the connection was closed by the broker or the network"))
 
     def _on_message(self, _client: Client, _userdata: object, message: MQTTMessage) -> None:
         packet_id = message.mid if message.qos == QOS else 0
         try:
             topic = message.topic
         except UnicodeDecodeError:
-            # Kept unacknowledged, it would come again for ever.
             log.warning("message_dropped reason=topic_not_utf8")
-            self.ack(packet_id)
+            if packet_id:
+                # Left unacknowledged, it would come again for ever.
+                self.ack(packet_id)
             return
         # paho unpacks packets into bytes; its annotation also covers what one publishes.
         payload = cast(bytes, message.payload)

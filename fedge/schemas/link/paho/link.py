@@ -36,6 +36,8 @@ from fedge.schemas.link.protocol import MAX_IN_FLIGHT, Delivery, LinkDown, LinkE
 log = logging.getLogger(__name__)
 
 GOODBYE_LIMIT_S = 2.0
+RIVAL_LOSSES = 3
+"""So many short connections in a row look like two clients that take one session in turns."""
 TOPIC_ALLOWANCE_BYTES = 256
 """Topics of Fedge are shorter than this."""
 _PACKET_OVERHEAD_BYTES = 1 + 4 + 2 + 2 + 1
@@ -151,6 +153,7 @@ class PahoLink:
         outgoing = Outgoing(topic, payload, retain, done)
         self._outbox.add(outgoing)
         self._send_waiting()
+        self._regulate()
         try:
             await done
         except asyncio.CancelledError:
@@ -248,13 +251,16 @@ class PahoLink:
             if lost.code == SESSION_TAKEN_OVER:
                 self._backoff.slow_down()
             delay_s = self._backoff.next_delay_s(lasted_s)
+            reason = lost.reason
+            if lasted_s and lost.closed_by_peer and self._backoff.attempts >= RIVAL_LOSSES:
+                reason += f"; does another client use the id {self.settings.client_id!r}?"
             log.info(
                 "link_down client_id=%s reason=%r retry_in_s=%.2f",
                 self.settings.client_id,
-                lost.reason,
+                reason,
                 delay_s,
             )
-            self._emit_down(lost.reason)
+            self._emit_down(reason)
             await asyncio.sleep(delay_s)
 
     def _answer_limit_s(self, trial: MqttProtocol) -> float:
@@ -369,6 +375,7 @@ class PahoLink:
     ) -> list[tuple[str, Answer]]:
         """Subscribes in packets of a few filters each and returns the refused ones."""
         batches = [(batch, connection.subscribe(batch)) for batch in self._batches(filters)]
+        self._regulate()
         refused: list[tuple[str, Answer]] = []
         for batch, answers in batches:
             # Empty if the connection was lost first: then the filters stay noted.
@@ -381,6 +388,7 @@ class PahoLink:
 
     async def _send_unsubscribe(self, connection: Connection, filters: Iterable[str]) -> None:
         batches = [(batch, connection.unsubscribe(batch)) for batch in self._batches(filters)]
+        self._regulate()
         for batch, answers in batches:
             await answers
             if not connection.lost.done():

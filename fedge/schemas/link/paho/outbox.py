@@ -12,6 +12,7 @@ acknowledged, publishes go one at a time, and one that alone loses `LONE_LOSSES`
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -72,7 +73,8 @@ class Outbox:
     def withdraw(self, outgoing: Outgoing) -> None:
         """Nobody waits for this publish any more. One on its way keeps its place until the PUBACK,
         so that the broker never sees more than it allows."""
-        if outgoing not in self._in_flight.values():
+        # In neither place, if the answer and the cancellation came in one step of the loop.
+        with contextlib.suppress(ValueError):
             self._waiting.remove(outgoing)
 
     def lost(self, *, closed_by_peer: bool) -> Outgoing | None:

@@ -102,6 +102,11 @@ class Backoff:
         self._attempts += 1
         return self._rng.uniform(0.0, limit_s)
 
+    @property
+    def attempts(self) -> int:
+        """Attempts since the series began."""
+        return self._attempts
+
     def slow_down(self) -> None:
         """The next wait is drawn up to the cap: trying sooner could do nothing but harm."""
         self._attempts = max(self._attempts, 32)
