@@ -100,9 +100,7 @@ class Fleet:
         """The result of `work`, unless a program of the fleet ends before it."""
         wanted = asyncio.ensure_future(work)
         async with asyncio.timeout(LIMIT_S):
-            done, _ = await asyncio.wait(
-                [wanted, *self.tasks], return_when=asyncio.FIRST_COMPLETED
-            )
+            done, _ = await asyncio.wait([wanted, *self.tasks], return_when=asyncio.FIRST_COMPLETED)
         if wanted not in done:
             wanted.cancel()
             for task in done:

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedge.schemas.plan import PlanManifest
-from fedge.schemas.tensors import Array, TensorSpec, check_finite, stream_tensors
+from fedge.schemas.tensor_spec import TensorSpec
+from fedge.schemas.tensors import Array, check_finite, stream_tensors
 
 BLOCK_ELEMENTS = 1 << 16
 """Elements converted to float64 at a time: half a megabyte beside the sums."""

@@ -6,6 +6,8 @@ is also an independent witness that a federated run learned what it should.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,12 +29,14 @@ def train_centrally(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    on_epoch: Callable[[Evaluation], None] = lambda evaluation: None,
 ) -> list[Evaluation]:
     """The evaluation on `test` after each epoch over `train`, `epochs` of them.
 
     From the task's initial weights, with the task's loss and optimizer. `seed` fixes the order of
-    examples and the model's own randomness. Raises `ConfigError` for settings that cannot work,
-    `TrainingFailed` if the examples do not fit the task's features.
+    examples and the model's own randomness. `on_epoch` is given each evaluation as it is made.
+    Raises `ConfigError` for settings that cannot work, `TrainingFailed` if the examples do not fit
+    the task's features.
     """
     if epochs < 1 or batch_size < 1 or not learning_rate > 0:
         raise ConfigError(
@@ -55,6 +59,7 @@ def train_centrally(
                 loss.backward()  # type: ignore[no-untyped-call] # torch has it untyped
                 optimizer.step()
             evaluations.append(_evaluate(task, model, test_set))
+            on_epoch(evaluations[-1])
     return evaluations
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fedge import __version__
+from fedge.coordinator.tasks import BUILT_IN_TASKS
 from fedge.schemas.errors import ConfigError
 from fedge.schemas.logs import set_up_logging
 from fedge.schemas.process import errors_as_exit_status, run_until_stopped
@@ -72,6 +73,134 @@ def serve(config_path: Path) -> None:
     settings = load(config_path)
     set_up_logging(settings.log_format)
     run_until_stopped(lambda: serving.serve(settings))
+
+
+@cli.command(epilog="Exit status: 0 done, 1 failed, 2 asked wrongly, 130 stopped.")
+@click.option(
+    "--task",
+    default="digits",
+    show_default=True,
+    metavar="NAME|FILE.py:ATTR",
+    help=f"Built in: {', '.join(BUILT_IN_TASKS)}; or your own.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="For MNIST: the folder that holds MNIST/raw, fetched into if it is not there; default: "
+    "FEDGE_DATA if set, else ~/.cache/fedge. For any other task: a folder with train.npz and "
+    "test.npz, or one .npz file of which a fifth is kept for the test.",
+)
+@click.option("--devices", type=click.IntRange(1, 200), help="How many agents. [the task's own]")
+@click.option("--rounds", type=click.IntRange(1, 10_000), help="Versions to make. [the task's own]")
+@click.option(
+    "--split",
+    metavar="SCHEME",
+    help="How the data is divided: iid, ordered, shards, dirichlet:ALPHA, weighted:W1,W2,… "
+    "[the task's own]",
+)
+@click.option(
+    "--strategy",
+    type=click.Choice(["fedavg", "cyclic"]),
+    help="Average the devices' updates, or let the model visit one after another. [the task's own]",
+)
+@click.option("--train-examples", type=click.IntRange(1), help="Only the first so many.")
+@click.option("--local-epochs", type=click.IntRange(1, 1000), help="Passes a round on a device.")
+@click.option("--batch-size", type=click.IntRange(1, 65536))
+@click.option("--learning-rate", type=click.FloatRange(0, 1000, min_open=True))
+@click.option(
+    "--broker",
+    type=click.Choice(["auto", "mosquitto", "amqtt"]),
+    default="auto",
+    show_default=True,
+    help="auto: mosquitto if it is installed, else amqtt, which is not secure.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of the split, the rounds and the order of the examples.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("demo-out"),
+    show_default=True,
+    help="The folder for everything; an earlier demonstration's is cleared.",
+)
+@click.option("--no-central", is_flag=True, help="Skip the central training beside it.")
+@click.option(
+    "--deadline",
+    "deadline_s",
+    type=click.FloatRange(1),
+    default=3600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up after so long.",
+)
+@_json
+def demo(
+    *,
+    task: str,
+    data: Path | None,
+    devices: int | None,
+    rounds: int | None,
+    split: str | None,
+    strategy: str | None,
+    train_examples: int | None,
+    local_epochs: int | None,
+    batch_size: int | None,
+    learning_rate: float | None,
+    broker: str,
+    seed: int,
+    out: Path,
+    no_central: bool,
+    deadline_s: float,
+    as_json: bool,
+) -> None:
+    """Show a whole federation on this computer: a broker, a coordinator and agents.
+
+    Each agent is a process with its own part of the data, which never leaves it. They talk over
+    MQTT as a real fleet does. At the end: the accuracy of each version beside the same model
+    trained in one place, the bytes up and down, a picture, the ONNX file, and what devices predict
+    with it. Progress goes to stderr, the summary to stdout.
+
+    \b
+    Nothing to download, under a minute:   fedge demo
+    A harder split over more devices:      fedge demo --devices 8 --split shards
+    MNIST, the convolutional net:          fedge demo --task mnist-cnn --data ~/data
+    A quick look at it:                    fedge demo --task mnist-cnn --train-examples 4000
+    A model of your own:                   fedge demo --task my_task.py:task
+    Without Mosquitto:                     fedge demo --broker amqtt
+    """
+    started = time.monotonic()
+    from fedge.coordinator.demo import command  # noqa: PLC0415 -- see the top of the file
+    from fedge.coordinator.demo.brokers import BrokerChoice  # noqa: PLC0415 -- as above
+    from fedge.coordinator.demo.experiment import Wishes  # noqa: PLC0415 -- as above
+    from fedge.coordinator.rounds import Strategy  # noqa: PLC0415 -- as above
+
+    wishes = Wishes(
+        task=task,
+        data=data,
+        devices=devices,
+        rounds=rounds,
+        split=split,
+        strategy=None if strategy is None else Strategy(strategy),
+        train_examples=train_examples,
+        local_epochs=local_epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        central=not no_central,
+    )
+    command.demo(
+        wishes,
+        out,
+        broker=BrokerChoice(broker),
+        deadline_s=deadline_s,
+        as_json=as_json,
+        started=started,
+    )
 
 
 # ---------------------------------------------------------------- versions

@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedge.schemas.errors import ConfigError, PeerError
 from fedge.schemas.plan import WeightSpec
-from fedge.schemas.tensors import Array, Tensors, TensorSpec, check_tensors
+from fedge.schemas.tensor_spec import TensorSpec
+from fedge.schemas.tensors import Array, Tensors, check_tensors
 
 Float64 = npt.NDArray[np.float64]
 Moments = Mapping[str, Float64]

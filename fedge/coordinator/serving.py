@@ -11,10 +11,11 @@ import hashlib
 import json
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
-from fedge.coordinator.compiler import compile_task
 from fedge.coordinator.evaluation import Evaluation, Evaluator
 from fedge.coordinator.release import Releaser
 from fedge.coordinator.server_optimizer import server_optimizer
@@ -25,8 +26,10 @@ from fedge.coordinator.task import Task, load_task
 from fedge.coordinator.testset import load_test_set
 from fedge.coordinator.uploads import UploadDesk
 from fedge.coordinator.version_maker import VersionMaker
+from fedge.schemas.blob_files import BlobDirectory
 from fedge.schemas.blobs import describe
-from fedge.schemas.errors import ConfigError
+from fedge.schemas.errors import ConfigError, PlanError
+from fedge.schemas.ids import Digest
 from fedge.schemas.logs import EventLog
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensors import Tensors, read_tensors
@@ -42,7 +45,7 @@ async def serve(settings: Settings) -> None:
     task = await asyncio.to_thread(load_task, settings.task)
     with Store.open(settings.state_dir, create=True, serve=True) as store:
         store.bind_population(settings.population)
-        plan, initial = await asyncio.to_thread(prepare_plan, store, task, settings.chunk_bytes)
+        plan, initial = await prepare_plan(store, task, settings)
         coordinator = _coordinator(settings, store, task, plan, initial)
         del initial
         refreshing: set[asyncio.Task[None]] = set()
@@ -56,12 +59,13 @@ async def serve(settings: Settings) -> None:
         await coordinator.run()
 
 
-def prepare_plan(store: Store, task: Task, chunk_bytes: int) -> tuple[Plan, Tensors]:
+async def prepare_plan(store: Store, task: Task, settings: Settings) -> tuple[Plan, Tensors]:
     """The population's plan: stored by an earlier start, or compiled now and stored.
 
     With it the initial weights, which are empty where there is a version already.
 
-    Raises `ConfigError` if the task is not the one that the stored plan was compiled from.
+    Raises `ConfigError` if the task is not the one that the stored plan was compiled from, and
+    `PlanError` if it cannot be compiled.
     """
     fingerprint = fingerprint_of(task)
     newest = store.newest_version()
@@ -76,19 +80,48 @@ def prepare_plan(store: Store, task: Task, chunk_bytes: int) -> tuple[Plan, Tens
             )
         return Plan(PlanManifest.decode(store.blobs.read(record.ref.sha256)), record.ref), {}
     started = time.monotonic()
-    compiled = compile_task(task)
-    for data in compiled.blobs.values():
-        store.blobs.put(data)
-    ref = describe(compiled.manifest.encode(), chunk_bytes)
+    log.info("plan_compiling", task=task.name)
+    plan_sha256, weights_sha256 = await _compile(settings.task, store.blobs)
+    encoded = store.blobs.read(plan_sha256)
+    manifest = PlanManifest.decode(encoded)
+    ref = describe(encoded, settings.chunk_bytes)
     store.record_plan(PlanRecord(ref, task.name, fingerprint, time.time()))
     log.info(
         "plan_compiled",
         task=task.name,
         plan=ref.sha256[:12],
-        graphs_bytes=sum(len(data) for data in compiled.blobs.values()),
+        graphs_bytes=sum(
+            graph.size_bytes
+            for graph in (manifest.graphs.train, manifest.graphs.eval, manifest.graphs.infer)
+        ),
         seconds=time.monotonic() - started,
     )
-    return Plan(compiled.manifest, ref), compiled.initial_weights
+    weights = read_tensors(store.blobs.path(weights_sha256), manifest.weight_specs)
+    return Plan(manifest, ref), weights
+
+
+async def _compile(task: str, blobs: BlobDirectory) -> tuple[Digest, Digest]:
+    """The digests of the manifest and of the initial weights, compiled in another process."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "fedge.coordinator.compiler", task, str(blobs.folder)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        answer, complaints = await process.communicate()
+    except asyncio.CancelledError:
+        process.kill()
+        await process.wait()
+        raise
+    if process.returncode != 0:
+        text = complaints.decode(errors="replace").strip()
+        raise PlanError(
+            text.rpartition("error: ")[2]
+            or f"the compiler ended with status {process.returncode} and said nothing"
+        )
+    compiled = json.loads(answer)
+    return compiled["plan"], compiled["weights"]
 
 
 def fingerprint_of(task: Task) -> str:

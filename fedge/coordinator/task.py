@@ -89,7 +89,8 @@ class SimulationDefaults:
     `split`: `iid`, `shards` (two label-sorted shards a device: McMahan et al. 2017, section 3),
     `dirichlet:ALPHA` (label skew: Hsu et al. 2019), `weighted:W1,W2,…` (random, sizes by weight),
     `ordered` (equal runs in the order of the data).
-    `strategy`: `fedavg` averages a cohort; `cyclic` passes the model from device to device.
+    `strategy`: `fedavg` averages a cohort; `cyclic` passes the model from device to device, a round
+    being one visit.
     """
 
     data: Literal["sklearn-digits", "mnist", "inline"] | None = None

@@ -7,6 +7,7 @@ outputs for the golden inputs. A file that failed a check is never at the path t
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -88,16 +89,20 @@ def activate(
     except RUNTIME_ERRORS as error:
         raise PlanRefused(f"the version's model does not run here: {error}") from error
     largest = largest_difference(ours, theirs)
-    # Not `largest > tolerance`: a NaN must fail.
-    if not largest <= manifest.parity_tolerance:
+    if largest > manifest.parity_tolerance:
         raise ParityFailed("golden outputs on this device", largest, manifest.parity_tolerance)
     replace_file(output, model)
     return Activation(statistics.median(times_s) * 1000, largest)
 
 
 def largest_difference(ours: Array, theirs: Array) -> float:
-    """The largest |ours - theirs| / max(1, |theirs|); infinite if the shapes differ."""
-    if ours.shape != theirs.shape or ours.size == 0:
-        return float("inf")
+    """The largest |ours - theirs| / max(1, |theirs|).
+
+    Infinite if the shapes differ, there is nothing to compare, or a number is not finite.
+    """
     exact, other = theirs.astype(np.float64), ours.astype(np.float64)
+    if exact.shape != other.shape or exact.size == 0:
+        return math.inf
+    if not (np.isfinite(exact).all() and np.isfinite(other).all()):
+        return math.inf
     return float(np.max(np.abs(other - exact) / np.maximum(1.0, np.abs(exact))))

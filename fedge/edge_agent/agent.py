@@ -24,7 +24,7 @@ from fedge.edge_agent.settings import Settings
 from fedge.edge_agent.state import AgentState
 from fedge.edge_agent.trainer.jobs import CountJob, Trained, TrainJob
 from fedge.edge_agent.trainer.process import Trainer
-from fedge.edge_agent.training import TrainingSettings
+from fedge.edge_agent.training_settings import TrainingSettings
 from fedge.edge_agent.upload import Uploads
 from fedge.schemas import messages, topics
 from fedge.schemas.errors import FedgeError, LinkClosed, LinkError, PeerError
@@ -265,7 +265,12 @@ class EdgeAgent:
             return
         before, self._held = self._held, version
         self._memory.keep_announcement(version)
-        log.info("version_fetched", device=self._device, version=version.number)
+        log.info(
+            "version_fetched",
+            device=self._device,
+            version=version.number,
+            received_bytes=self._downloads.received_bytes,
+        )
         self._feed(machine.Fetched(version.number))
         self._library.forget_all_but([version] if before is None else [before, version])
 

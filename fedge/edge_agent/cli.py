@@ -192,7 +192,8 @@ def split(
     source: Path, scheme: str, parts: int, seed: int, limit: int | None, out: Path, as_json: bool
 ) -> None:
     """Divide a data set into part-0.npz, part-1.npz, … as if it were on as many devices."""
-    from fedge.edge_agent.data import DataConfig, split_to_files  # noqa: PLC0415 -- as above
+    from fedge.edge_agent.data.config import DataConfig  # noqa: PLC0415 -- as above
+    from fedge.edge_agent.data.examples import split_to_files  # noqa: PLC0415 -- as above
 
     paths = split_to_files(DataConfig(path=source, limit=limit), scheme, parts, seed, out)
     if as_json:

@@ -1,4 +1,4 @@
-"""Fetching blobs: the broker's retained chunks are the distribution, the coordinator the last resort.
+"""Fetching blobs: from the broker's retained chunks, and from the coordinator as a last resort.
 
 Chunks are asked for by exact topic, a window at a time, verified one by one and written where they
 belong. What is half here when the power goes is verified and kept at the next start. If nothing

@@ -12,53 +12,21 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
 
 from fedge.edge_agent.batching import Batch, batches, step_count, step_seed
 from fedge.edge_agent.data.examples import Examples
 from fedge.edge_agent.engines.protocol import Engine, StepResult
+from fedge.edge_agent.training_settings import TrainingSettings
 from fedge.schemas.errors import TrainingFailed
-from fedge.schemas.ids import Seed
-from fedge.schemas.messages import Assignment, LossCurve
+from fedge.schemas.messages import LossCurve
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensors import Tensors
 
 MAX_CURVE_POINTS = 2048
 """Of `LossCurve.by_batch`: what a message carries."""
-
-
-class TrainingSettings(BaseModel):
-    """How to train: the hyperparameters of an assignment, with its limits.
-
-    `local_steps`: stop after so many batches, within `local_epochs`. Either may be 0: no training.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seed: Seed
-    batch_size: Annotated[int, Field(ge=1, le=65536)]
-    learning_rate: Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)]
-    local_epochs: Annotated[int, Field(ge=0, le=1000)]
-    local_steps: Annotated[int, Field(ge=0, le=10**9)] | None = None
-    proximal_mu: Annotated[float, Field(ge=0, le=1e3, allow_inf_nan=False)] = 0.0
-
-    @classmethod
-    def of(cls, assignment: Assignment) -> TrainingSettings:
-        """The settings that `assignment` gives."""
-        return cls.model_validate(assignment.model_dump(include=set(cls.model_fields)))
-
-    def steps(self, examples: int) -> int:
-        """Batches that a device with so many examples trains on."""
-        return step_count(
-            examples,
-            batch_size=self.batch_size,
-            local_epochs=self.local_epochs,
-            local_steps=self.local_steps,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +76,12 @@ def train(
     """
     if len(examples) == 0:
         raise TrainingFailed("this device has no examples to train on")
-    steps = settings.steps(len(examples))
+    steps = step_count(
+        len(examples),
+        batch_size=settings.batch_size,
+        local_epochs=settings.local_epochs,
+        local_steps=settings.local_steps,
+    )
     engine.load(weights)
     record = _Record(per_example=manifest.loss_reduction == "mean")
     started = clock()
@@ -156,15 +129,20 @@ def no_training(manifest: PlanManifest, examples: int) -> TrainingResult:
 def difference(
     manifest: PlanManifest, new: Tensors, base: Tensors
 ) -> dict[str, npt.NDArray[np.floating]]:
-    """`new - base` for each tensor of an update. Raises `TrainingFailed` if one is not finite."""
+    """`new - base` for each tensor of an update, written over the arrays of `new`.
+
+    Raises `TrainingFailed` if a difference is not finite.
+    """
     delta: dict[str, npt.NDArray[np.floating]] = {}
     for spec in manifest.update_specs:
         with np.errstate(invalid="ignore", over="ignore"):  # infinities are refused below
-            delta[spec.name] = np.subtract(new[spec.name], base[spec.name], dtype=spec.dtype)
-        if not np.isfinite(delta[spec.name]).all():
+            # In place: at this moment a device holds the weights more often than at any other.
+            made = np.subtract(new[spec.name], base[spec.name], out=new[spec.name])
+        if not np.isfinite(made).all():
             raise TrainingFailed(
                 f"the trained tensor {spec.name!r} holds NaN or infinity: lower learning_rate"
             )
+        delta[spec.name] = made
     return delta
 
 

@@ -47,6 +47,8 @@ class BlobRef(BaseModel):
             digests = base64.b64decode(self.chunk_digests, validate=True)
         except binascii.Error as error:
             raise ValueError(f"chunk_digests is not base64: {error}") from error
+        if self.chunk_count > MAX_CHUNKS:
+            raise ValueError(f"{self.chunk_count} chunks, at most {MAX_CHUNKS}")
         if len(digests) != self.chunk_count * CHUNK_DIGEST_BYTES:
             raise ValueError(
                 f"{self.size_bytes} bytes make {self.chunk_count} chunks of {self.chunk_bytes}, "
@@ -163,7 +165,7 @@ class ChunkSet:
         """The inverse of `encode`. Raises `PeerError` (invalid_field) for another size."""
         try:
             raw = base64.b64decode(text, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # binascii.Error is one; text beyond ASCII raises it bare
             raise PeerError(RejectReason.INVALID_FIELD, f"bitmap: {error}") from error
         bits = int.from_bytes(raw, "little")
         if len(raw) != -(-chunk_count // 8) or bits >> chunk_count:

@@ -2,20 +2,25 @@
 
 An example is stored as the device has it: an image as its pixels, a row as its columns. A feature
 specification in the plan turns a batch of those into the graph's input; a target specification
-does the same for labels. numpy only. A further kind (token windows) is one more class in the two
+does the same for labels. numpy only, and imported when something is encoded: an agent that waits
+knows a plan without it. A further kind (token windows) is one more class in the two
 unions below.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedge.schemas.errors import TrainingFailed
-from fedge.schemas.tensors import BATCH, Array, TensorSpec
+from fedge.schemas.tensor_spec import BATCH, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from fedge.schemas.tensors import Array
 
 Positive = Annotated[int, Field(ge=1, le=65536)]
 
@@ -56,6 +61,8 @@ class ImageFeatures(_Spec):
 
     def encode(self, raw: Array) -> npt.NDArray[np.float32]:
         """Raw examples → the tensor above. Raises `TrainingFailed` if the sizes do not fit."""
+        import numpy as np  # noqa: PLC0415 -- see the top of the file
+
         n = raw.shape[0]
         if raw.size != n * self.height * self.width * self.channels:
             raise TrainingFailed(
@@ -92,6 +99,8 @@ class TabularFeatures(_Spec):
 
     def encode(self, raw: Array) -> npt.NDArray[np.float32]:
         """Raw rows → the tensor above. Raises `TrainingFailed` if the columns do not fit."""
+        import numpy as np  # noqa: PLC0415 -- see the top of the file
+
         rows = raw.reshape(raw.shape[0], -1).astype(np.float32)
         if rows.shape[1] != self.columns:
             raise TrainingFailed(f"rows of {rows.shape[1]} columns, the task has {self.columns}")
@@ -122,6 +131,8 @@ class ClassTarget(_Spec):
 
     def encode(self, raw: Array) -> npt.NDArray[np.int64]:
         """Raw labels → the tensor above. Raises `TrainingFailed` for a label out of range."""
+        import numpy as np  # noqa: PLC0415 -- see the top of the file
+
         labels = raw.reshape(raw.shape[0]).astype(np.int64)
         if labels.size and not (labels.min() >= 0 and labels.max() < self.classes):
             raise TrainingFailed(
@@ -144,6 +155,8 @@ class ValueTarget(_Spec):
 
     def encode(self, raw: Array) -> npt.NDArray[np.float32]:
         """Raw numbers → the tensor above. Raises `TrainingFailed` if the width does not fit."""
+        import numpy as np  # noqa: PLC0415 -- see the top of the file
+
         values = raw.reshape(raw.shape[0], -1).astype(np.float32)
         if values.shape[1] != self.width:
             raise TrainingFailed(f"targets of width {values.shape[1]}, the task has {self.width}")

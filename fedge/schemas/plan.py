@@ -22,7 +22,7 @@ from fedge.schemas.blobs import BlobRef
 from fedge.schemas.errors import PlanRefused
 from fedge.schemas.features import FeatureSpec, TargetSpec
 from fedge.schemas.ids import Digest, sha256
-from fedge.schemas.tensors import TensorSpec
+from fedge.schemas.tensor_spec import TensorSpec
 
 MAX_MANIFEST_BYTES = 1024 * 1024
 MAX_GRAPH_BYTES = 64 * 1024 * 1024

@@ -10,23 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedge.schemas.errors import PeerError, RejectReason, StoreError
+from fedge.schemas.tensor_spec import BATCH, TensorSpec
 
 Array = npt.NDArray[np.generic]
 Tensors = Mapping[str, Array]
-
-BATCH = -1
-"""In a shape: the batch dimension, whose size is chosen at run time."""
-
-DtypeName = Literal["float32", "float64", "float16", "int64", "int32", "uint8", "bool"]
 
 _SAFETENSORS_DTYPES = {
     "F32": "float32",
@@ -41,30 +35,6 @@ _HEADER_ALLOWANCE_BYTES = 1024
 _HEADER_BYTES_PER_TENSOR = 512
 _MAX_HEADER_BYTES = 100_000_000
 """What the safetensors format allows a header."""
-
-
-class TensorSpec(BaseModel):
-    """Name, dtype and shape of one tensor. A dimension of `BATCH` (-1) is free."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Annotated[str, Field(min_length=1, max_length=256)]
-    dtype: DtypeName
-    shape: tuple[Annotated[int, Field(ge=-1, le=2**31)], ...] = Field(max_length=8)
-
-    @property
-    def element_count(self) -> int:
-        """Elements of a tensor without a free dimension; 1 for a scalar."""
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def byte_count(self) -> int:
-        """Bytes of the raw data of a tensor without a free dimension."""
-        return self.element_count * np.dtype(self.dtype).itemsize
-
-    def of(self, name: str) -> TensorSpec:
-        """The same dtype and shape under another name."""
-        return self.model_copy(update={"name": name})
 
 
 def encode_tensors(tensors: Tensors) -> bytes:

@@ -20,7 +20,8 @@ from fedge.coordinator.aggregation import (
 )
 from fedge.schemas.errors import PeerError, RejectReason, StoreError
 from fedge.schemas.plan import WeightSpec
-from fedge.schemas.tensors import TensorSpec, encode_tensors
+from fedge.schemas.tensor_spec import TensorSpec
+from fedge.schemas.tensors import encode_tensors
 from tests.coordinator.updates import LINEAR, manifest_of, write_update
 
 SPECS = tuple(weight.tensor for weight in LINEAR)

@@ -18,7 +18,8 @@ from fedge.coordinator.server_optimizer import (
 )
 from fedge.schemas.errors import ConfigError
 from fedge.schemas.plan import WeightSpec
-from fedge.schemas.tensors import TensorSpec, encode_tensors, read_tensors
+from fedge.schemas.tensor_spec import TensorSpec
+from fedge.schemas.tensors import encode_tensors, read_tensors
 
 
 def spec(name, dtype="float32", shape=(1,), role="parameter"):

@@ -8,7 +8,8 @@ from pathlib import Path
 from fedge.schemas.blobs import BlobRef, describe
 from fedge.schemas.features import TabularFeatures, ValueTarget
 from fedge.schemas.plan import Graphs, Padding, PlanManifest, TrainingDefaults, WeightSpec
-from fedge.schemas.tensors import Tensors, TensorSpec, encode_tensors
+from fedge.schemas.tensor_spec import TensorSpec
+from fedge.schemas.tensors import Tensors, encode_tensors
 
 LINEAR = (
     WeightSpec(tensor=TensorSpec(name="weight", dtype="float32", shape=(1, 2)), role="parameter"),

@@ -24,7 +24,8 @@ from fedge.schemas.plan import (
     TrainingDefaults,
     WeightSpec,
 )
-from fedge.schemas.tensors import TensorSpec, encode_tensors
+from fedge.schemas.tensor_spec import TensorSpec
+from fedge.schemas.tensors import encode_tensors
 
 COLUMNS = 3
 MOMENTUM = 0.9

@@ -15,13 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from fedge.edge_agent.data import (
-    DataConfig,
-    PartitionConfig,
-    count_examples,
-    open_examples,
-    split_to_files,
-)
+from fedge.edge_agent.data.config import DataConfig, PartitionConfig
+from fedge.edge_agent.data.examples import count_examples, open_examples, split_to_files
 from fedge.edge_agent.data.idx import read_idx
 from fedge.schemas.errors import ConfigError, StoreError
 

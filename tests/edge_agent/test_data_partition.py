@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedge.edge_agent.data.partition import parse_scheme, partition
+from fedge.edge_agent.data.partition import partition
+from fedge.edge_agent.data.schemes import parse_scheme
 from fedge.schemas.errors import ConfigError
 
 

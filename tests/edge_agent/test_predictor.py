@@ -21,7 +21,7 @@ from fedge.edge_agent.predictor import (
 )
 from fedge.schemas.errors import ConfigError, PlanRefused, StoreError
 from fedge.schemas.features import ClassTarget, ImageFeatures
-from fedge.schemas.tensors import TensorSpec
+from fedge.schemas.tensor_spec import TensorSpec
 from tests.edge_agent.plans import NumpyReference, initial_weights, linear_plan
 
 PLAN = linear_plan()

@@ -21,7 +21,8 @@ from fedge.edge_agent.engines import EngineName
 from fedge.edge_agent.engines.onnx_engine import OnnxEngine
 from fedge.edge_agent.trainer.jobs import ActivateJob, CountJob, Progressed, TrainJob
 from fedge.edge_agent.trainer.process import TrainerLimits, TrainerPool, TrainerProcess
-from fedge.edge_agent.training import TrainingSettings, train
+from fedge.edge_agent.training import train
+from fedge.edge_agent.training_settings import TrainingSettings
 from fedge.schemas.blobs import describe
 from fedge.schemas.errors import (
     ConfigError,

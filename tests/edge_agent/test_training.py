@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fedge.edge_agent.batching import batches
 from fedge.edge_agent.data.examples import Examples
 from fedge.edge_agent.engines.onnx_engine import OnnxEngine
-from fedge.edge_agent.training import Curve, TrainingSettings, no_training, train
+from fedge.edge_agent.training import Curve, no_training, train
+from fedge.edge_agent.training_settings import TrainingSettings
 from fedge.schemas.errors import PeerError, TrainingFailed
 from fedge.schemas.messages import Assignment
 from fedge.schemas.plan import Padding

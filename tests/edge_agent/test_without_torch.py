@@ -25,7 +25,7 @@ from pathlib import Path
 for package in ("torch", "onnx", "onnxscript", "sklearn", "sqlalchemy"):
     assert importlib.util.find_spec(package) is None, f"{package} is installed"
 
-from fedge.edge_agent.data import DataConfig
+from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.predictor import Predictor
 from fedge.edge_agent.trainer.jobs import ActivateJob, TrainJob
 from fedge.edge_agent.trainer.process import TrainerProcess

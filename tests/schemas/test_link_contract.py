@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -495,3 +496,45 @@ def test_what_is_subscribed_while_down_is_granted_before_link_up(play):
         assert (await delivery(link)).payload == b"wanted"
 
     play(scenario)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_through_repeated_cuts_everything_arrives_at_least_once_and_first_in_order(play, seed):
+    async def scenario(bench: Bench) -> None:
+        rng = random.Random(seed)
+        topic, names = unique("t"), [unique("sender"), unique("receiver")]
+        sender, receiver = await bench.link(names[0]), await bench.link(names[1])
+        await receiver.subscribe(topic)
+        for link in (sender, receiver):
+            await link.start()
+            await up(link)
+        wanted = [n.to_bytes(2, "big") * 512 for n in range(400)]
+        received: dict[bytes, None] = {}
+
+        async def receive() -> None:
+            while len(received) < len(wanted):
+                found = await delivery(receiver)
+                received[found.payload] = None
+                if rng.random() < 0.9 or len(received) == len(wanted):
+                    receiver.ack(found)
+                else:
+                    asyncio.get_running_loop().call_later(0.01, receiver.ack, found)
+
+        async def send() -> None:
+            # In groups, so that cuts fall into the middle.
+            for start in range(0, len(wanted), 20):
+                group = wanted[start : start + 20]
+                await asyncio.gather(*(sender.publish(topic, each) for each in group))
+                await asyncio.sleep(0.005)
+
+        async def cut_and_mend() -> None:
+            for _ in range(8):
+                victim = rng.choice(names)
+                await bench.cut(victim)
+                await bench.mend(victim)
+                await asyncio.sleep(rng.uniform(0.0, 0.05))
+
+        await asyncio.gather(receive(), send(), cut_and_mend())
+        assert list(received) == wanted
+
+    play(scenario, needs="delivers_again", why="forgets what was not acknowledged")

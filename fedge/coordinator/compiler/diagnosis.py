@@ -33,14 +33,14 @@ class Located(NamedTuple):
     operator: str
 
 
-class ModelTracker(TorchDispatchMode):
+class ModelTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own
     """Follows a running model: which module is active, and which module used which operator.
 
     Use as a context manager around the run; `here` says where it is, or was when it failed.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch's own
         self._paths = {
             module: f"{path or '(the model itself)'} ({type(module).__name__})"
             for path, module in model.named_modules()

@@ -23,7 +23,7 @@ def random_inputs(task: Task, count: int, generator: np.random.Generator) -> Arr
     if task.sample is None:
         return task.features.encode(_raw_inputs(task.features, count, generator))
     raw = task.sample(generator, count)
-    if not isinstance(raw, np.ndarray) or raw.shape[:1] != (count,):
+    if getattr(raw, "shape", ())[:1] != (count,):
         raise ConfigError(
             f"sample of task {task.name!r} must return a numpy array of {count} examples when "
             f"asked for {count}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from fedge.coordinator.compiler.diagnosis import NO_OPERATOR, ModelTracker, explaining
 from fedge.coordinator.compiler.examples import random_batch
@@ -28,7 +28,8 @@ from fedge.coordinator.compiler.tracing import TRACE_BATCH
 from fedge.coordinator.task import Task
 from fedge.schemas.errors import UnsupportedModel
 from fedge.schemas.plan import Padding
-from fedge.schemas.tensors import BATCH, Array, TensorSpec
+from fedge.schemas.tensor_spec import BATCH, TensorSpec
+from fedge.schemas.tensors import Array
 
 _DTYPES = {getattr(torch, name): name for name in ("float32", "int64", "int32", "uint8", "bool")}
 _PADDING_ROWS = 3
@@ -158,7 +159,7 @@ def _check_weights(model: nn.Module, tracker: ModelTracker) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         owner = model.get_submodule(name.rpartition(".")[0])
         where = tracker.name_of(owner)
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise UnsupportedModel(
                 f"the tensor {name!r} has no shape yet",
                 module=where,
@@ -230,4 +231,3 @@ def _check_measure(values: object, what: str, tracker: ModelTracker) -> None:
         operator=tracker.here.operator,
         advice=advice,
     )
-

@@ -9,7 +9,7 @@ one compilation to the next is renamed or dropped, because a plan is named by it
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import onnx
@@ -20,9 +20,10 @@ from onnx_ir.passes import Sequential
 from onnxscript.optimizer import fold_constants
 from torch.export import ExportedProgram
 
+from fedge.coordinator.compiler.step import PureFunction
 from fedge.coordinator.compiler.translation import TRANSLATIONS
 from fedge.schemas.errors import PlanError
-from fedge.schemas.tensors import BATCH, TensorSpec
+from fedge.schemas.tensor_spec import BATCH, TensorSpec
 
 OPSET = 18
 _IR_VERSION = 10
@@ -30,16 +31,9 @@ _FOLDED_ELEMENTS = 4096
 """Larger constants are left to be computed: a folded one is stored in the file."""
 
 
-def to_onnx(
-    program: ExportedProgram,
-    inputs: Sequence[TensorSpec],
-    outputs: Sequence[TensorSpec],
-    *,
-    open_inputs: bool = False,
-) -> bytes:
-    """The ONNX file of `program`, its inputs and outputs named and shaped as given, in order.
+def translate(program: ExportedProgram, function: PureFunction) -> onnx.GraphProto:
+    """The ONNX graph of `program`, cleaned, its inputs and outputs named as `function` says.
 
-    `open_inputs`: inputs other than `input` are left open, to be filled as initializers.
     Raises `torch.onnx.OnnxExporterError` for an operator without translation.
     """
     with _quiet():
@@ -54,13 +48,71 @@ def to_onnx(
     if exported is None:  # pragma: no cover -- only with a file name
         raise PlanError("torch.onnx.export returned nothing")
     model = exported.model
-    if len(model.graph.inputs) != len(inputs) or len(model.graph.outputs) != len(outputs):
+    inputs, outputs = model.graph.inputs, model.graph.outputs
+    if len(inputs) != len(function.inputs) or len(outputs) != len(function.outputs):
         raise PlanError(
-            f"the exported graph has {len(model.graph.inputs)} inputs and "
-            f"{len(model.graph.outputs)} outputs, expected {len(inputs)} and {len(outputs)}"
+            f"the exported graph has {len(inputs)} inputs and {len(outputs)} outputs, "
+            f"expected {len(function.inputs)} and {len(function.outputs)}"
         )
+    _read_batch_from_input(model, function)
     _clean(model)
-    return _finished(onnx_ir.to_proto(model), inputs, outputs, open_inputs=open_inputs)
+    for value, name in zip(model.graph.inputs, function.inputs, strict=True):
+        value.name = name
+    for value, name in zip(model.graph.outputs, function.outputs, strict=True):
+        value.name = name
+    return onnx_ir.to_proto(model).graph
+
+
+def cut(
+    whole: onnx.GraphProto,
+    inputs: Sequence[TensorSpec],
+    outputs: Mapping[str, TensorSpec],
+    *,
+    open_inputs: bool = False,
+) -> bytes:
+    """The ONNX file of the part of `whole` that computes `outputs`, and of nothing else.
+
+    `outputs`: name in `whole` → name and shape in the file. `open_inputs`: inputs other than
+    `input` are left open, to be filled as initializers.
+    """
+    producers = {name: node for node in whole.node for name in node.output}
+    names = {"": ""} | {spec.name: spec.name for spec in inputs}
+    for name, spec in outputs.items():
+        # Where two parts have a result in common, one of them names a copy of it.
+        source, node = name, producers[name]
+        while node.op_type == "Identity" and node.input[0] in producers:
+            source, node = node.input[0], producers[node.input[0]]
+        names[name if source in names else source] = spec.name
+    needed = [producers[name] for name in names if name in producers]
+    reached = {id(node) for node in needed}
+    while needed:
+        for name in needed.pop().input:
+            if name in producers and id(producers[name]) not in reached:
+                reached.add(id(producers[name]))
+                needed.append(producers[name])
+
+    graph = onnx.GraphProto(name="fedge")
+    for node in whole.node:
+        if id(node) not in reached:
+            continue
+        copied = graph.node.add()
+        copied.op_type, copied.domain = node.op_type, node.domain
+        copied.input.extend(_renamed(name, names) for name in node.input)
+        copied.output.extend(_renamed(name, names) for name in node.output)
+        copied.attribute.extend(sorted(node.attribute, key=lambda attribute: attribute.name))
+    for tensor in whole.initializer:
+        if tensor.name in names:
+            copied_tensor = graph.initializer.add()
+            copied_tensor.CopyFrom(tensor)
+            copied_tensor.name = names[tensor.name]
+    graph.input.extend(
+        _value_info(spec) for spec in inputs if spec.name == "input" or not open_inputs
+    )
+    graph.output.extend(_value_info(spec) for spec in outputs.values())
+    model = onnx.ModelProto(ir_version=_IR_VERSION, producer_name="fedge", graph=graph)
+    model.opset_import.add(domain="", version=OPSET)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
 
 
 @contextmanager
@@ -92,9 +144,10 @@ def _clean(model: onnx_ir.Model) -> None:
     tidy(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass()(model)
+    _merge_transposes(model)
     tidy(model)
     Sequential(
-        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call] # onnx_ir's own
         passes.RemoveUnusedOpsetsPass(),
         passes.OutputFixPass(),
         passes.ClearMetadataAndDocStringPass(),
@@ -102,37 +155,33 @@ def _clean(model: onnx_ir.Model) -> None:
     )(model)
 
 
-def _finished(
-    proto: onnx.ModelProto,
-    inputs: Sequence[TensorSpec],
-    outputs: Sequence[TensorSpec],
-    *,
-    open_inputs: bool,
-) -> bytes:
-    """Names, types and producer set; everything else that is not computation left out."""
-    source = proto.graph
-    names = {"": ""}
-    names |= {info.name: spec.name for info, spec in zip(source.input, inputs, strict=True)}
-    names |= {info.name: spec.name for info, spec in zip(source.output, outputs, strict=True)}
-    graph = onnx.GraphProto(name="fedge")
-    for node in source.node:
-        copied = graph.node.add()
-        copied.op_type, copied.domain = node.op_type, node.domain
-        copied.input.extend(_renamed(name, names) for name in node.input)
-        copied.output.extend(_renamed(name, names) for name in node.output)
-        copied.attribute.extend(sorted(node.attribute, key=lambda attribute: attribute.name))
-    for tensor in source.initializer:
-        copied_tensor = graph.initializer.add()
-        copied_tensor.CopyFrom(tensor)
-        copied_tensor.name = _renamed(tensor.name, names)
-    graph.input.extend(
-        _value_info(spec) for spec in inputs if spec.name == "input" or not open_inputs
-    )
-    graph.output.extend(_value_info(spec) for spec in outputs)
-    model = onnx.ModelProto(ir_version=_IR_VERSION, producer_name="fedge", graph=graph)
-    model.opset_import.add(domain="", version=OPSET)
-    data: bytes = model.SerializeToString(deterministic=True)
-    return data
+def _read_batch_from_input(model: onnx_ir.Model, function: PureFunction) -> None:
+    """The batch's size is read off `input`, which every part has, whatever the exporter took."""
+    given = dict(zip(function.inputs, model.graph.inputs, strict=True))
+    batched = [given[name] for name in function.batched]
+    for node in model.graph:
+        if node.op_type == "Shape" and node.inputs[0] is not None:
+            start, end = (node.attributes.get_int(name, None) for name in ("start", "end"))
+            if (start or 0) == 0 and end == 1 and node.inputs[0] in batched:
+                node.replace_input_with(0, given["input"])
+
+
+def _merge_transposes(model: onnx_ir.Model) -> None:
+    """A transpose of a transpose is one, or none: backward passes are full of them."""
+    for node in model.graph:
+        if node.op_type != "Transpose" or node.inputs[0] is None:
+            continue
+        inner = node.inputs[0].producer()
+        if inner is None or inner.op_type != "Transpose":
+            continue
+        first, second = (one.attributes["perm"].as_ints() for one in (inner, node))
+        order = [first[axis] for axis in second]
+        node.replace_input_with(0, inner.inputs[0])
+        if order == sorted(order):
+            node.op_type = "Identity"
+            del node.attributes["perm"]
+        else:
+            node.attributes["perm"] = onnx_ir.AttrInt64s("perm", order)
 
 
 def _renamed(name: str, names: dict[str, str]) -> str:

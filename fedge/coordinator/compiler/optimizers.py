@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedge.coordinator.task import SGD, Adam
 from fedge.schemas.plan import StateSpec
-from fedge.schemas.tensors import TensorSpec
+from fedge.schemas.tensor_spec import TensorSpec
 
 Named = dict[str, Tensor]
 

@@ -20,12 +20,13 @@ from fedge.coordinator.compiler.inspection import (
     padding_of,
     train_example,
 )
-from fedge.coordinator.compiler.onnx_graph import OPSET, to_onnx
+from fedge.coordinator.compiler.onnx_graph import OPSET, cut, translate
 from fedge.coordinator.compiler.step import (
     PureFunction,
     evaluate_function,
     infer_function,
     state_of,
+    together,
     train_function,
 )
 from fedge.coordinator.compiler.tracing import TRACE_BATCH, portable_operators, trace
@@ -34,7 +35,8 @@ from fedge.schemas.blobs import describe
 from fedge.schemas.ids import Digest
 from fedge.schemas.onnx_wire import embed_weights
 from fedge.schemas.plan import Graphs, PlanManifest, WeightSpec
-from fedge.schemas.tensors import BATCH, Array, TensorSpec, encode_tensors
+from fedge.schemas.tensor_spec import BATCH, TensorSpec
+from fedge.schemas.tensors import Array, encode_tensors
 
 _GOLDEN_SEED = 20170428
 
@@ -74,17 +76,21 @@ def compile_task(task: Task) -> CompiledPlan:
         "eval": evaluate_function(task, model, facts.layout),
         "infer": infer_function(model, facts.layout),
     }
-    graphs: dict[str, bytes] = {}
-    for name, function in functions.items():
-        with explaining(tracker):
-            program = trace(function, example, tracker)
-            graphs[name] = to_onnx(
-                program,
-                [specs[one] for one in function.inputs],
-                [_output_spec(one, specs) for one in function.outputs],
-                open_inputs=name == "infer",
-            )
-        check_operators(graphs[name], tracker)
+    # One trace for the three: most of the time goes into torch's exporter, whatever the size.
+    whole = together(functions)
+    with explaining(tracker):
+        translated = translate(trace(whole, example, tracker), whole)
+    graphs = {
+        name: cut(
+            translated,
+            [specs[one] for one in function.inputs],
+            {f"{name}:{one}": _output_spec(one, specs) for one in function.outputs},
+            open_inputs=name == "infer",
+        )
+        for name, function in functions.items()
+    }
+    for graph in graphs.values():
+        check_operators(graph, tracker)
     golden = encode_tensors({"input": golden_inputs(task, _GOLDEN_SEED)})
     manifest = PlanManifest(
         task=task.name,
@@ -131,9 +137,7 @@ def _verify(
     verification.verify_structure(graphs["eval"], functions["eval"])
     verification.verify_structure(graphs["infer"], functions["infer"], complete=complete)
     verification.verify_training(task, manifest, graphs["train"])
-    verification.verify_evaluation(
-        task, task.new_model(), manifest, graphs["eval"], complete
-    )
+    verification.verify_evaluation(task, task.new_model(), manifest, graphs["eval"], complete)
 
 
 def _interface(

@@ -32,7 +32,7 @@ _UNIFORM_BITS = 24
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of the integers below 2^32, int64, each output bit depending on each input bit."""
+    """A bijection of the int64s below 2^32, each output bit depending on each input bit."""
     for shift, multiplier in zip((1 << 15, 1 << 12), _MULTIPLIERS, strict=True):
         x = x ^ torch.div(x, shift, rounding_mode="trunc")
         x = (x * multiplier) & _MASK_32
@@ -51,14 +51,14 @@ def random_bits(seed: Tensor, call: int, size: Sequence[int | torch.SymInt]) -> 
     return torch.div(mixed, 1 << (32 - _UNIFORM_BITS), rounding_mode="trunc").reshape(size)
 
 
-class CounterRandomness(TorchDispatchMode):
+class CounterRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own
     """While active, random operators draw from `seed`, calls being numbered from 0.
 
     Raises `UnsupportedModel` for a random operator that it has no replacement for.
     """
 
     def __init__(self, seed: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch's own
         self._seed = seed
         self._calls = 0
 
@@ -72,7 +72,7 @@ class CounterRandomness(TorchDispatchMode):
         draw = _REPLACEMENTS.get(func)
         if draw is not None:
             return draw(self, *args, **(kwargs or {}))
-        if torch.Tag.nondeterministic_seeded in func.tags and func not in _NOT_RANDOM:
+        if torch.Tag.nondeterministic_seeded in func.tags:
             raise UnsupportedModel(
                 "the model draws random numbers in a way that cannot be compiled",
                 module="see the operator",
@@ -102,7 +102,8 @@ class CounterRandomness(TorchDispatchMode):
 
     def at_least(self, probability: float, like: Tensor) -> Tensor:
         """Bool of the shape of `like`, true with `probability`: an integer comparison, so exact."""
-        return self.bits(like.shape) < round(probability * 2**_UNIFORM_BITS)
+        drawn: Tensor = self.bits(like.shape) < round(probability * 2**_UNIFORM_BITS)
+        return drawn
 
 
 def _bernoulli_inplace(
@@ -125,7 +126,7 @@ def _native_dropout(
     draws: CounterRandomness,
     tensor: Tensor,
     p: float,
-    train: bool | None,  # noqa: FBT001 -- ATen's signature
+    train: bool | None,
 ) -> tuple[Tensor, Tensor]:
     if train is False:
         return tensor.clone(), torch.ones_like(tensor, dtype=torch.bool)
@@ -200,5 +201,3 @@ _REPLACEMENTS: Mapping[OpOverload, Callable[..., Any]] = {
     aten.rand_like.default: _rand_like,
     aten.randn_like.default: _randn_like,
 }
-
-_NOT_RANDOM: frozenset[OpOverload] = frozenset()

@@ -12,7 +12,8 @@ mu (w - w_global). The loss that is reported is without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -116,12 +117,14 @@ def train_function(task: Task, model: nn.Module, layout: Layout) -> PureFunction
         with torch.enable_grad(), CounterRandomness(given["seed"]), mode_of(model, training=True):
             output = functional_call(model, weights, (given["input"],), tie_weights=True)
             loss = _reduced(task, task.loss(output, given["target"]) * mask, mask)
-            raw = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            raw: Sequence[Tensor | None] = torch.autograd.grad(
+                loss, list(parameters.values()), allow_unused=True
+            )
         with torch.no_grad():
             gradients = {
                 name: gradient + given["mu"] * (parameters[name] - given[f"global.{name}"])
                 for name, gradient in zip(trained, raw, strict=True)
-                if gradient is not None
+                if gradient is not None  # the loss does not depend on it
             }
             new_parameters, new_state = apply_gradients(
                 task.optimizer,
@@ -183,10 +186,29 @@ def infer_function(model: nn.Module, layout: Layout) -> PureFunction:
     return PureFunction(infer, inputs, ("output",), frozenset({"input"}))
 
 
+def together(parts: Mapping[str, PureFunction]) -> PureFunction:
+    """All parts as one function, each result being named `part:name`.
+
+    Its inputs are those of the first part, which has all that the others need.
+    """
+    inputs = next(iter(parts.values())).inputs
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(inputs, tensors, strict=True))
+        results = [part.call(*(given[name] for name in part.inputs)) for part in parts.values()]
+        return tuple(itertools.chain.from_iterable(results))
+
+    outputs = tuple(f"{name}:{output}" for name, part in parts.items() for output in part.outputs)
+    batched = frozenset().union(*(part.batched for part in parts.values()))
+    return PureFunction(call, inputs, outputs, batched)
+
+
 def state_of(task: Task, model: nn.Module, layout: Layout) -> list[StateSpec]:
     """The optimizer's tensors for this model."""
     weights = weights_of(model)
-    return initial_state(task.optimizer, {name: weights[name] for name in layout.names("parameter")})
+    return initial_state(
+        task.optimizer, {name: weights[name] for name in layout.names("parameter")}
+    )
 
 
 def _inferred(model: nn.Module, layout: Layout, given: Mapping[str, Tensor]) -> Tensor:

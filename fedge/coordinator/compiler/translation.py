@@ -3,8 +3,11 @@
 Each is a function of ONNX values which torch's exporter calls in place of its own.
 """
 
+# ruff: noqa: PLR0917 -- the signatures are ATen's
+
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +30,8 @@ def _div_mode(self: Any, other: Any, rounding_mode: str | None = None) -> Any:
     if rounding_mode == "trunc":
         return quotient
     remainder = op.Sub(self, op.Mul(quotient, other))
-    zero = op.CastLike(op.Constant(value_int=0), self)
+    nought: Any = op.Constant(value_int=0)
+    zero = op.CastLike(nought, self)
     inexact = op.Not(op.Equal(remainder, zero))
     opposite = op.Xor(op.Less(remainder, zero), op.Less(other, zero))
     return op.Sub(quotient, op.CastLike(op.And(inexact, opposite), self))
@@ -39,7 +43,7 @@ def _max_pool_with_indices(
     stride: Sequence[int] = (),
     padding: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
-    ceil_mode: bool = False,  # noqa: FBT001, FBT002 -- ATen's signature
+    ceil_mode: bool = False,
 ) -> Any:
     """ONNX counts indices over the whole tensor, torch within a plane: the remainder."""
     rank = len(self.shape) - 2
@@ -52,10 +56,8 @@ def _max_pool_with_indices(
         pads=pads + pads,
         strides=_per_axis(stride or kernel_size, rank),
     )
-    area = 1
-    for size in self.shape[2:]:
-        area *= int(size)
-    return pooled, op.Mod(indices, op.Constant(value_int=area))
+    area: Any = op.Constant(value_int=math.prod(int(size) for size in self.shape[2:]))
+    return pooled, op.Mod(indices, area)
 
 
 def _per_axis(values: Sequence[int], rank: int) -> list[int]:

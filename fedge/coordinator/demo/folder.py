@@ -1,10 +1,10 @@
 """The folder that a demonstration writes: claimed, cleared of the last one, and laid out.
 
-    OUT/report.png  model.onnx  summary.json       what came out
-    OUT/logs/                                      everything that every program said
-    OUT/predictions/                               the examples that devices were shown
-    OUT/broker/  coordinator/  devices/NAME/       each program's configuration and state
-    OUT/data/                                      the test set, and the data before it was split
+OUT/report.png  model.onnx  summary.json       what came out
+OUT/logs/                                      everything that every program said
+OUT/predictions/                               the examples that devices were shown
+OUT/broker/  coordinator/  devices/NAME/       each program's configuration and state
+OUT/data/                                      the test set, and the data before it was split
 """
 
 from __future__ import annotations
@@ -62,6 +62,10 @@ class DemoFolder:
         except OSError as error:
             raise ConfigError(f"cannot write to {path}: {error.strerror}") from error
         return cls(path, lock)
+
+    def release(self) -> None:
+        """Lets another demonstration claim it."""
+        self._lock.close()
 
     def device(self, name: str) -> Path:
         """The folder of one device, which holds its part of the data and nothing of the others'."""

@@ -84,7 +84,7 @@ class Programs:
         self._observe = observe
         self._programs: list[Program] = []
         self._ending = False
-        self._failure: asyncio.Future[ProgramEnded] = asyncio.get_running_loop().create_future()
+        self._failure: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
 
     async def __aenter__(self) -> Self:
         return self
@@ -151,10 +151,11 @@ class Programs:
         return out.decode()
 
     async def guard(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`; raises `ProgramEnded` as soon as a lasting program ends."""
+        """The result of `work`; raises `ProgramEnded` as soon as a program ends that should not."""
         task = asyncio.create_task(work, name="demo")
         try:
-            await asyncio.wait({task, self._failure}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {task, self._failure}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if self._failure.done():
                 raise self._failure.result()
             return await task
@@ -163,13 +164,11 @@ class Programs:
             await asyncio.gather(task, return_exceptions=True)
 
     async def end(self) -> None:
-        """Ends every program: first those that were started last, the broker's clients, together."""
+        """Ends every program: the one that was started first, the broker, after all others."""
         self._ending = True
         try:
-            first, *others = self._programs or [None]
-            await asyncio.gather(*(one.end() for one in others if one is not None))
-            if first is not None:
-                await first.end()
+            await asyncio.gather(*(one.end() for one in self._programs[1:]))
+            await asyncio.gather(*(one.end() for one in self._programs[:1]))
             await asyncio.gather(*(one.following for one in self._programs))
         finally:
             for one in self._programs:
@@ -199,14 +198,23 @@ class Programs:
             raise RuntimeError("started without a pipe")
         with program.log_path.open("wb") as log:
             reading = asyncio.create_task(self._read(program, stdout, log, ready, is_ready))
+            reading.add_done_callback(self._noticed)
             await program.process.wait()
             # A grandchild may hold the pipe a moment longer than the program lives.
             await asyncio.wait({reading}, timeout=END_S)
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
-        failed = program.lasting or program.process.returncode != 0
-        if failed and not self._ending and not self._failure.done():
-            self._failure.set_result(program.ended())
+        if program.lasting or program.process.returncode != 0:
+            self._fail(program.ended())
+
+    def _noticed(self, reading: asyncio.Task[None]) -> None:
+        error = None if reading.cancelled() else reading.exception()
+        if error is not None:  # an event that could not be understood
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._ending and not self._failure.done():
+            self._failure.set_result(error)
 
     async def _read(
         self,

@@ -1,4 +1,4 @@
-"""Four tasks on MNIST (LeCun et al. 1998), from an MLP to the convolutional net of the FedAvg paper.
+"""Four tasks on MNIST (LeCun et al. 1998), from an MLP to the net of the FedAvg paper.
 
 `mnist-2nn` and `mnist-fedavg-cnn` are the two models of McMahan et al. 2017, section 3, with its
 parameter counts. `mnist-mlp` and `mnist-cnn` are the nets that MNIST tutorials use.

@@ -29,7 +29,7 @@ def toy_linear() -> Task:
         simulation=SimulationDefaults(
             data="inline",
             devices=2,
-            rounds=20,
+            rounds=40,
             split="ordered",
             strategy="cyclic",
             examples=(

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fedge.edge_agent.data.partition import parse_scheme
+from fedge.edge_agent.data.schemes import parse_scheme
 from fedge.schemas.errors import ConfigError
 
 

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedge.edge_agent.engines.interface import check_eval_graph, check_train_graph
 from fedge.schemas.errors import ConfigError
 from fedge.schemas.plan import PlanManifest
 
@@ -62,6 +61,11 @@ def open_engine(
     Raises `PlanRefused` for graphs that break the rules or are not the manifest's, `ConfigError`
     for a runtime that is not installed.
     """
+    from fedge.edge_agent.engines.interface import (  # noqa: PLC0415 -- see above
+        check_eval_graph,
+        check_train_graph,
+    )
+
     check_train_graph(manifest, train_graph)
     if eval_graph is not None:
         check_eval_graph(manifest, eval_graph)

@@ -12,7 +12,7 @@ from fedge.schemas.errors import PlanRefused
 from fedge.schemas.ids import sha256
 from fedge.schemas.onnx_wire import check_graph
 from fedge.schemas.plan import PlanManifest
-from fedge.schemas.tensors import BATCH
+from fedge.schemas.tensor_spec import BATCH
 
 
 def check_train_graph(manifest: PlanManifest, graph: bytes) -> None:

@@ -19,7 +19,8 @@ from fedge.edge_agent.engines.onnx_session import RUNTIME_ERRORS, dtype_of, open
 from fedge.edge_agent.engines.protocol import Evaluation, Mask, StepResult
 from fedge.schemas.errors import PlanRefused, TrainingFailed
 from fedge.schemas.plan import PlanManifest
-from fedge.schemas.tensors import Array, Tensors, TensorSpec, check_tensors
+from fedge.schemas.tensor_spec import TensorSpec
+from fedge.schemas.tensors import Array, Tensors, check_tensors
 
 
 class OnnxEngine:

@@ -79,7 +79,7 @@ class Worker:
         manifest = PlanManifest.decode(_read(job.manifest))
         examples = open_examples(job.data)
         chosen: EngineName | None = None
-        if job.settings.steps(len(examples)) == 0:
+        if job.settings.asks_for_no_step:
             result = no_training(manifest, len(examples))
         else:
             chosen = choose_engine(job.engine)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.engines import EngineName
-from fedge.edge_agent.training import TrainingSettings
+from fedge.edge_agent.training_settings import TrainingSettings
 from fedge.schemas.blobs import BlobRef
 from fedge.schemas.errors import (
     ConfigError,

@@ -63,6 +63,20 @@ class Frozen(nn.Module):
         return self.head(torch.tanh(self.backbone(x) + self.offset))
 
 
+class Integers(nn.Module):
+    """Divides whole numbers of both signs, beyond what float32 holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = (x * 2**20).long() * 101
+        floored = torch.div(whole, 7, rounding_mode="floor") + whole // -5
+        cut = torch.div(whole, -13, rounding_mode="trunc")
+        return self.head(((floored - cut) % 19).float() / 19)
+
+
 def mobilenet_block() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, stride=2, padding=1, bias=False),
@@ -74,6 +88,7 @@ def mobilenet_block() -> nn.Module:
         nn.Conv2d(8, 12, 1),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
+        nn.Dropout(0.2, inplace=True),
         nn.Linear(12, 3),
     )
 
@@ -103,7 +118,12 @@ def normalized_mlp() -> nn.Module:
 
 def layer_norm_mlp() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(24, 8), nn.LayerNorm(8), nn.ELU(), nn.Linear(8, 8), nn.LeakyReLU(), nn.Linear(8, 3)
+        nn.Linear(24, 8),
+        nn.LayerNorm(8),
+        nn.ELU(),
+        nn.Linear(8, 8),
+        nn.LeakyReLU(),
+        nn.Linear(8, 3),
     )
 
 
@@ -167,6 +187,7 @@ ZOO: dict[str, Callable[[], Task]] = {
     "transformer": lambda: task_of(Transformer),
     "mobilenet": lambda: task_of(mobilenet_block, image=True),
     "convolutions": lambda: task_of(mixed_convolutions, image=True),
+    "integers": lambda: task_of(Integers),
     "tied": lambda: task_of(Tied, tokens=True),
     "frozen": lambda: task_of(Frozen, optimizer=SGD(momentum=0.5, weight_decay=0.1)),
 }

@@ -94,7 +94,9 @@ def test_toy_linear_falls_from_about_one_to_about_two_thousandths() -> None:
             torch.from_numpy(task.target.encode(target)),
         ).sum()
     assert 0.8 < float(start) < 1.2
-    visits = [(raw[:2], target[:2]), (raw[2:], target[2:])] * task.simulation.rounds
+    tours = task.simulation.rounds // task.simulation.devices  # a cyclic round is one visit
+    assert tours == 20
+    visits = [(raw[:2], target[:2]), (raw[2:], target[2:])] * tours
     # The step after the last one tells the loss over all four points, before it changes them.
     assert 0.001 < trained(task, compiled("toy-linear"), [*visits, (raw, target)]) < 0.003
 

@@ -173,7 +173,11 @@ def test_activation_gradients(module: nn.Module, operator: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Embedding(6, 4), nn.Embedding(6, 4, padding_idx=2), nn.Embedding(6, 4, scale_grad_by_freq=True)],
+    [
+        nn.Embedding(6, 4),
+        nn.Embedding(6, 4, padding_idx=2),
+        nn.Embedding(6, 4, scale_grad_by_freq=True),
+    ],
 )
 def test_embedding_gradients_add_up_where_a_row_is_used_again(module: nn.Embedding) -> None:
     tokens = torch.tensor([[1, 2, 2], [5, 1, 1]])

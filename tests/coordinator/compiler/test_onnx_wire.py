@@ -164,11 +164,11 @@ def test_a_graph_with_the_plan_s_interface_passes() -> None:
 
 def test_a_foreign_domain_is_refused() -> None:
     model = linear(domain="com.example")
-    with pytest.raises(PlanRefused, match="com.example::Add is not allowed"):
+    with pytest.raises(PlanRefused, match=r"com\.example::Add is not allowed"):
         checked(model)
     declared = linear()
     declared.opset_import.add(domain="com.example", version=1)
-    with pytest.raises(PlanRefused, match="foreign operator domain 'com.example'"):
+    with pytest.raises(PlanRefused, match=r"foreign operator domain 'com\.example'"):
         checked(declared)
 
 
@@ -314,13 +314,15 @@ def test_embedding_gives_the_same_bytes_in_any_order_and_from_any_memory_layout(
     turned = {name: np.asfortranarray(array) for name, array in reversed(weights().items())}
     assert embed_weights(infer, turned) == first
     assert embed_weights(infer, weights() | {"buffer.count": np.array(3)}) == first
-    big_endian = {name: array.astype(array.dtype.newbyteorder(">")) for name, array in turned.items()}
+    big_endian = {
+        name: array.astype(array.dtype.newbyteorder(">")) for name, array in turned.items()
+    }
     assert embed_weights(infer, big_endian) == first
 
 
 def test_embedding_refuses_missing_weights_and_foreign_dtypes() -> None:
     infer = linear().SerializeToString()
-    with pytest.raises(PlanRefused, match="no weights for"):
+    with pytest.raises(PlanRefused, match="has no weights"):
         embed_weights(infer, {"param.w": weights()["param.w"]})
     with pytest.raises(PlanRefused, match="complex64"):
         embed_weights(infer, weights() | {"param.b": np.zeros(2, np.complex64)})

@@ -37,9 +37,7 @@ def torch_optimizer(rule: SGD | Adam, parameters: list[Tensor]) -> torch.optim.O
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_fifty_steps_equal_torch(rule: SGD | Adam) -> None:
     generator = torch.Generator().manual_seed(0)
-    start = {
-        name: torch.randn(4, 3, generator=generator).double() for name in ("used", "unused")
-    }
+    start = {name: torch.randn(4, 3, generator=generator).double() for name in ("used", "unused")}
     reference = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
     optimizer = torch_optimizer(rule, list(reference.values()))
     parameters, state = dict(start), zero_state(rule, start)

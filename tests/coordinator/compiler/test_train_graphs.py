@@ -1,4 +1,4 @@
-"""The train graph in onnxruntime, step by step: padding, proximal term, batch norm, frozen, tied."""
+"""The train graph in onnxruntime, step by step: padding, FedProx, batch norm, frozen, tied."""
 
 from __future__ import annotations
 
@@ -163,9 +163,7 @@ def test_a_tied_weight_is_one_tensor_with_both_gradients(plan_of: PlanOf) -> Non
     assert [spec.tensor.name for spec in plan.manifest.weights] == ["embedding.weight"]
     tokens = token_numbers(np.random.default_rng(0), 4).astype(np.float32)
     target = np.array([1, 5, 11, 0])
-    after = step(
-        plan, start(plan, input=tokens, target=target, mask=np.ones(4, np.float32))
-    )
+    after = step(plan, start(plan, input=tokens, target=target, mask=np.ones(4, np.float32)))
     model = ZOO["tied"]().new_model()
     assert isinstance(model, Tied)
     loss = functional.cross_entropy(model(torch.from_numpy(tokens)), torch.from_numpy(target))

@@ -160,7 +160,7 @@ def test_a_wrong_loss_or_metric_is_explained(changes: dict[str, object], advice:
 
 
 def test_a_model_that_is_no_model_is_a_wrong_setting() -> None:
-    with pytest.raises(ConfigError, match="no argument and returns an nn.Module"):
+    with pytest.raises(ConfigError, match=r"no argument and returns an nn\.Module"):
         compile_task(task_of(lambda: 3))  # type: ignore[arg-type,return-value]
 
 

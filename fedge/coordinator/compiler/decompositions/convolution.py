@@ -7,6 +7,8 @@ section 4). A pointwise kernel is a matrix product; a depthwise one a product an
 because no runtime is fast at a convolution with as many groups as channels.
 """
 
+# ruff: noqa: PLR0917 -- the signatures are ATen's
+
 from __future__ import annotations
 
 import itertools
@@ -28,16 +30,14 @@ def convolution_backward(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    transposed: bool,  # noqa: FBT001 -- ATen's signature
+    transposed: bool,
     output_padding: Sequence[int],
     groups: int,
     output_mask: Sequence[bool],
 ) -> _Gradients:
     """(input, weight and bias gradients), those not in `output_mask` being None."""
     rank = inputs.dim() - 2
-    stride, padding, dilation = (
-        _per_axis(values, rank) for values in (stride, padding, dilation)
-    )
+    stride, padding, dilation = (_per_axis(values, rank) for values in (stride, padding, dilation))
     grad_input = grad_weight = grad_bias = None
     if output_mask[0]:
         grad_input = _input_gradient(
@@ -63,14 +63,16 @@ def _input_gradient(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    transposed: bool,  # noqa: FBT001
+    transposed: bool,
     groups: int,
 ) -> Tensor:
     rank = inputs.dim() - 2
+    gradient: Tensor
     if transposed:
-        return aten.convolution.default(
+        gradient = aten.convolution.default(
             grad_output, weight, None, stride, padding, dilation, False, [0] * rank, groups
         )
+        return gradient
     # What the strides left over at the end of the input gets its (zero) gradient back.
     leftover = [
         inputs.shape[axis + 2]
@@ -82,9 +84,10 @@ def _input_gradient(
         )
         for axis in range(rank)
     ]
-    return aten.convolution.default(
+    gradient = aten.convolution.default(
         grad_output, weight, None, stride, padding, dilation, True, leftover, groups
     )
+    return gradient
 
 
 def _weight_gradient(

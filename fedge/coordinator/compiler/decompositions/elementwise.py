@@ -14,13 +14,13 @@ def native_dropout_backward(grad_output: Tensor, mask: Tensor, scale: float) -> 
 
 
 def silu_backward(grad_output: Tensor, inputs: Tensor) -> Tensor:
-    """d/dx x σ(x) = σ(x) (1 + x (1 - σ(x)))."""
+    """d/dx x sigmoid(x) = sigmoid(x) (1 + x (1 - sigmoid(x)))."""
     sigmoid = inputs.sigmoid()
     return grad_output * (sigmoid * (1 + inputs * (1 - sigmoid)))
 
 
 def mish_backward(grad_output: Tensor, inputs: Tensor) -> Tensor:
-    """d/dx x tanh(softplus(x)) = t + x σ(x) (1 - t²)."""
+    """d/dx x tanh(softplus(x)) = t + x sigmoid(x) (1 - t²)."""
     tanh = torch.nn.functional.softplus(inputs).tanh()
     return grad_output * (tanh + inputs * inputs.sigmoid() * (1 - tanh * tanh))
 
@@ -30,7 +30,7 @@ def embedding_dense_backward(
     indices: Tensor,
     num_weights: int,
     padding_idx: int,
-    scale_grad_by_freq: bool,  # noqa: FBT001 -- ATen's signature
+    scale_grad_by_freq: bool,
 ) -> Tensor:
     """`[num_weights, width]`: the gradients of each row's uses, added."""
     width = grad_output.shape[-1]
@@ -43,7 +43,9 @@ def embedding_dense_backward(
         counts = aten.scatter_add.default(ones, 0, flat, torch.ones_like(flat, dtype=rows.dtype))
         rows = rows / counts.index_select(0, flat).unsqueeze(1)
     zeros = aten.full.default([num_weights, width], 0.0, dtype=rows.dtype)
-    return aten.scatter_add.default(zeros, 0, flat.unsqueeze(1).expand(-1, width), rows)
+    index = flat.unsqueeze(1).expand(-1, width)
+    gradient: Tensor = aten.scatter_add.default(zeros, 0, index, rows)
+    return gradient
 
 
 DECOMPOSITIONS = {

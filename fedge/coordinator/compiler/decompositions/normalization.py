@@ -5,6 +5,8 @@ a batch has more than one row: a device's last batch may have one, and its runni
 become infinite by it. Derivations: Ioffe and Szegedy 2015, section 3; Ba et al. 2016, section 2.
 """
 
+# ruff: noqa: PLR0917 -- the signatures are ATen's
+
 from __future__ import annotations
 
 import math
@@ -23,7 +25,7 @@ def batch_norm(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    training: bool,  # noqa: FBT001 -- ATen's signature
+    training: bool,
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +45,7 @@ def batch_norm_no_stats(
     inputs: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    training: bool,  # noqa: FBT001 -- ATen's signature
+    training: bool,
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +75,7 @@ def batch_norm_backward(
     running_var: Tensor | None,
     saved_mean: Tensor | None,
     saved_inverse_std: Tensor | None,
-    train: bool,  # noqa: FBT001 -- ATen's signature
+    train: bool,
     eps: float,
     output_mask: Sequence[bool],
 ) -> _Three:

@@ -5,6 +5,8 @@ equal parts. An adaptive window differs from place to place, so averaging is a m
 constant matrix along each axis, whose gradient is one by its transpose.
 """
 
+# ruff: noqa: PLR0917 -- the signatures are ATen's
+
 from __future__ import annotations
 
 import math
@@ -23,7 +25,7 @@ def max_pool_backward(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    ceil_mode: bool,  # noqa: FBT001 -- ATen's signature
+    ceil_mode: bool,
     indices: Tensor,
 ) -> Tensor:
     """`indices` count within one plane, as torch's do."""
@@ -38,7 +40,7 @@ def max_pool_backward(
         step == 1 for step in dilation
     ):
         # Windows that do not overlap name no place twice; writing is cheaper than adding.
-        scattered = aten.scatter.src(zeros, -1, flat_indices, flat_grad)
+        scattered: Tensor = aten.scatter.src(zeros, -1, flat_indices, flat_grad)
     else:
         scattered = aten.scatter_add.default(zeros, -1, flat_indices, flat_grad)
     return scattered.reshape(inputs.shape)
@@ -50,8 +52,8 @@ def avg_pool2d_backward(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
-    ceil_mode: bool,  # noqa: FBT001 -- ATen's signature
-    count_include_pad: bool,  # noqa: FBT001
+    ceil_mode: bool,
+    count_include_pad: bool,
     divisor_override: int | None,
 ) -> Tensor:
     """Each gradient spread over its window, divided by the number that the average divided by."""
@@ -112,9 +114,7 @@ def _regular_windows(count: int, size: int, stride: int, padding: int) -> list[_
 
 
 def _adaptive_matrix(size: int, count: int, dtype: torch.dtype) -> Tensor:
-    windows = [
-        (index * size // count, -(-(index + 1) * size // count)) for index in range(count)
-    ]
+    windows = [(index * size // count, -(-(index + 1) * size // count)) for index in range(count)]
     return _window_matrix(windows, size, 0, dtype, counts_padding=False, divide=True)
 
 

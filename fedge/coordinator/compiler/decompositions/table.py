@@ -18,7 +18,8 @@ from fedge.coordinator.compiler.decompositions import (
 
 
 def _table() -> Mapping[OpOverload, Callable[..., Any]]:
-    table = dict(torch.export.default_decompositions().items())
+    default = torch.export.default_decompositions()
+    table = dict(default.items())  # type: ignore[no-untyped-call] # torch's own
     for module in (convolution, elementwise, normalization, pooling, views):
         table.update(module.DECOMPOSITIONS)
     return table

@@ -1,4 +1,4 @@
-"""Views that only re-stride memory, which a graph of values knows nothing of."""
+"""Operators about the layout of memory, which a graph of values knows nothing of."""
 
 from __future__ import annotations
 
@@ -39,7 +39,19 @@ def contiguous_view(
     return tensor.view(size)
 
 
+def empty_permuted(
+    size: Sequence[int],
+    physical_layout: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    **_: object,
+) -> Tensor:
+    """Zeros: what is not written yet may be anything."""
+    return torch.zeros(size, dtype=dtype)
+
+
 DECOMPOSITIONS = {
     aten.as_strided_.default: restrided,
     aten.as_strided.default: contiguous_view,
+    aten.empty_permuted.default: empty_permuted,
 }

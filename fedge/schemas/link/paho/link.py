@@ -177,8 +177,9 @@ class PahoLink:
         if self._up and self._connection is not None:
             refused = await self._send_subscribe(self._connection, filters)
             self._raise_if_closed()
-            for topic_filter, answer in refused:
+            for topic_filter, _ in refused:
                 self._filters.discard(topic_filter)
+            for topic_filter, answer in refused:
                 what = f"the subscription to {topic_filter}"
                 raise LinkRefused(what, answer.code, answer.explanation)
 
