@@ -36,8 +36,11 @@ from fedge.schemas.topics import Address, Channel, Topics
 
 log = EventLog(__name__)
 
-ACTIVATION_GRACE_S = 1.0
-"""An assignment usually follows a version at once; its training goes before the activation."""
+ACTIVATION_GRACE_S = 2.0
+"""A version is put into use when no newer one has come for so long: in a quick series of rounds a
+device has better things to do than to check versions that nobody will ask."""
+ACTIVATION_LATEST_S = 20.0
+"""And at the latest so long after the first that waits."""
 
 
 class EdgeAgent:
@@ -75,6 +78,8 @@ class EdgeAgent:
         self._training: asyncio.Task[None] | None = None
         self._resting: asyncio.Task[None] | None = None
         self._activation_due = asyncio.Event()
+        self._not_training = asyncio.Event()
+        self._not_training.set()
         self._to_activate: VersionAnnouncement | None = None
         self._group: asyncio.TaskGroup
 
@@ -275,10 +280,20 @@ class EdgeAgent:
         self._library.forget_all_but([version] if before is None else [before, version])
 
     async def _keep_active(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             await self._activation_due.wait()
+            latest = loop.time() + ACTIVATION_LATEST_S
+            while self._activation_due.is_set() and loop.time() < latest:
+                self._activation_due.clear()
+                try:
+                    async with asyncio.timeout(min(ACTIVATION_GRACE_S, latest - loop.time())):
+                        await self._activation_due.wait()
+                except TimeoutError:
+                    break
             self._activation_due.clear()
-            await asyncio.sleep(ACTIVATION_GRACE_S)
+            # The trainer does one job at a time, and the coordinator waits for the training.
+            await self._not_training.wait()
             version = self._to_activate
             if version is not None and version.number != self._state.active:
                 await self._activate(version)
@@ -313,6 +328,13 @@ class EdgeAgent:
     # ------------------------------------------------------------ training and its update
 
     async def _train(self, assignment: Assignment) -> None:
+        self._not_training.clear()
+        try:
+            await self._train_and_keep(assignment)
+        finally:
+            self._not_training.set()
+
+    async def _train_and_keep(self, assignment: Assignment) -> None:
         number = assignment.round
         try:
             trained = await self._trainer.run(self._job(assignment))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from fedge.coordinator.settings import load as load_coordinator
 from fedge.coordinator.tasks import BUILT_IN_TASKS
 from fedge.edge_agent.settings import load as load_agent
 from fedge.schemas.errors import ConfigError
+from tests.conftest import REPOSITORY
 
 # ---------------------------------------------------------------- the experiment
 
@@ -155,6 +157,33 @@ def test_a_file_in_the_place_of_the_folder_is_said(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(ConfigError, match=r"cannot write to .*out"):
         DemoFolder.claim(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["fedge.toml", "agent.toml"])
+def test_the_readme_configurations_are_read_as_they_stand(name: str, tmp_path: Path) -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    [text] = re.findall(rf"```toml\n# {name}\n(.*?)```", readme, re.DOTALL)
+    path = tmp_path / name
+    path.write_text(text)
+    if name == "fedge.toml":
+        assert load_coordinator(path).round.versions == 5
+    else:
+        assert load_agent(path).device == "pi-kitchen"
+
+
+def test_the_documented_task_for_ones_own_data_can_be_demonstrated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (REPOSITORY / "docs" / "your-own-model.md").read_text()
+    data, task = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, "-c", data], check=True)
+    Path("points.py").write_text(task)
+    found = resolve(Wishes(task="points.py:task", data=Path("points.npz")))
+    train, test = load_examples(found)
+    assert (len(train), len(test)) == (480, 120)
+    assert found.task.features.encode(train.x).shape == (480, 3)
+    assert found.task.target.encode(train.y).shape == (480, 1)
 
 
 # ---------------------------------------------------------------- the broker

@@ -69,7 +69,7 @@ class PlainDisplay:
 
     def say(self, line: str) -> None:
         """Shows a line."""
-        self._console.print(line, markup=False)
+        self._console.print(line, markup=False, soft_wrap=True)
 
     def update(self, source: str, event: Event, progress: Progress) -> None:
         """Shows the event's sentence, if it has one."""
@@ -104,7 +104,7 @@ class LiveDisplay:
 
     def say(self, line: str) -> None:
         """Shows a line above the table."""
-        self._console.print(line, markup=False)
+        self._console.print(line, markup=False, soft_wrap=True)
 
     def update(self, source: str, event: Event, progress: Progress) -> None:
         """Keeps the progress for the next redrawing; trouble becomes a line that stays."""

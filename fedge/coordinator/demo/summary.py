@@ -136,7 +136,7 @@ def version_lines(
         beside = None
         if central and passes == 0:
             beside = shown(record.metrics)
-        elif passes == int(passes) and passes <= len(central):
+        elif passes in range(1, len(central) + 1):
             beside = shown(central[int(passes) - 1])
         lines.append(VersionLine(record.number, passes, shown(record.metrics), beside))
     return tuple(lines)

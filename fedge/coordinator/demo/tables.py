@@ -78,18 +78,22 @@ def _predictions(summary: Summary) -> Table:
     for column in ("predicted on", "version", "example", "truth", "prediction", "probability"):
         table.add_column(column)
     for answer in summary.predictions:
-        example = answer.question.example
-        shown = Path(example).name if example.endswith(".png") else example
         wrong = "" if answer.right in (True, None) else "  (wrong)"
         table.add_row(
             answer.device,
             str(answer.version),
-            shown,
+            _shown(answer.question.example),
             answer.question.truth,
             answer.predicted + wrong,
             "-" if answer.probability is None else f"{answer.probability:.1%}",
         )
     return table
+
+
+def _shown(example: str) -> str:
+    if example.endswith(".png"):
+        return Path(example).name
+    return ", ".join(f"{float(number):.3g}" for number in example.split(","))
 
 
 def _places(summary: Summary) -> Table:
