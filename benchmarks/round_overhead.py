@@ -101,7 +101,7 @@ async def without_training(folder: Path, rounds: int, agents: int) -> dict[str, 
             await asyncio.to_thread(
                 wait_for_event, coordinator, "version_published", version=warm_up
             )
-            before, cpu_before = dict(values), coordinator.cpu_s()
+            cpu_before = coordinator.cpu_s()
             agents_before = sum(one.cpu_s() for one in fleet)
             await asyncio.to_thread(
                 wait_for_event, coordinator, "version_published", version=rounds + warm_up
@@ -111,6 +111,8 @@ async def without_training(folder: Path, rounds: int, agents: int) -> dict[str, 
             await asyncio.sleep(2.5)  # the broker's counters come once a second
             after = dict(values)
             broker_peak = broker.memory_info().rss
+            # Idle again: what stays is the program, its compiled statements and one model.
+            resting_coordinator = coordinator.resident_bytes()
             published = {
                 line["version"]: line["ts"]
                 for line in coordinator.events()
@@ -124,16 +126,19 @@ async def without_training(folder: Path, rounds: int, agents: int) -> dict[str, 
             floor_s = await floor(port, model_bytes, agents, repeats=10)
             peaks = {
                 "coordinator_idle_bytes": idle_coordinator,
+                "coordinator_resting_bytes": resting_coordinator,
                 "coordinator_peak_bytes": coordinator.peak_bytes(),
                 "agent_idle_bytes": max(idle_agent),
                 "agent_peak_bytes": max(one.peak_bytes() for one in fleet),
                 "broker_bytes": broker_peak,
             }
     updates = rounds * agents
-    moved = {name: after[name] - before[name] for name in after if name.startswith("bytes/")}
-    # Both directions at the broker: it receives one copy of each version and an update a device,
-    # and sends a copy of the version to each device and every update to the coordinator.
-    received_payload = rounds * model_bytes * (1 + agents)
+    # The broker receives one copy of each version and an update a device, and sends a copy of each
+    # version to each device and every update to the coordinator. Its counters come once a second,
+    # so they are compared over the whole life of the fleet, warm-up and all.
+    made = rounds + warm_up
+    received_payload = model_bytes * (made + 1 + made * agents)
+    sent_payload = model_bytes * (made + 1 + made) * agents
     return {
         "agents": agents,
         "rounds": rounds,
@@ -143,11 +148,11 @@ async def without_training(folder: Path, rounds: int, agents: int) -> dict[str, 
         "floor_s_median": floor_s,
         "coordinator_cpu_ms_per_update": 1000 * cpu_s / updates,
         "agents_cpu_ms_per_update": 1000 * agents_cpu_s / updates,
-        "received_bytes_over_payload": moved["bytes/received"] / received_payload,
-        "sent_bytes_over_payload": moved["bytes/sent"] / (rounds * model_bytes * 2 * agents),
-        "update_wire_bytes": moved["bytes/received"] / (rounds * (1 + agents)),
+        "received_bytes_over_payload": after["bytes/received"] / received_payload,
+        "sent_bytes_over_payload": after["bytes/sent"] / sent_payload,
+        "update_wire_bytes": model_bytes * after["bytes/received"] / received_payload,
         **peaks,
-        "coordinator_model_copies": (peaks["coordinator_peak_bytes"] - idle_coordinator)
+        "coordinator_model_copies": (peaks["coordinator_peak_bytes"] - resting_coordinator)
         / model_bytes,
     }
 
@@ -274,7 +279,10 @@ def show(result: dict[str, Any]) -> None:
             ("broker sent / payload", f"{plain['sent_bytes_over_payload']:.4f}", ""),
             ("idle agent", f"{plain['agent_idle_bytes'] / MB:.1f} MB", "45 MB"),
             ("agent, peak", f"{plain['agent_peak_bytes'] / MB:.1f} MB", ""),
-            ("coordinator, idle", f"{plain['coordinator_idle_bytes'] / MB:.1f} MB", ""),
+            ("coordinator, before the first round",
+             f"{plain['coordinator_idle_bytes'] / MB:.1f} MB", ""),
+            ("coordinator, idle after the last",
+             f"{plain['coordinator_resting_bytes'] / MB:.1f} MB", ""),
             ("coordinator, peak", f"{plain['coordinator_peak_bytes'] / MB:.1f} MB", ""),
             ("   above idle, in models", f"{plain['coordinator_model_copies']:.1f}", "3"),
             ("broker", f"{plain['broker_bytes'] / MB:.1f} MB", ""),

@@ -80,9 +80,16 @@ class Intake:
             raise
         return accepted_receipt(offer)
 
-    def update_path(self, round_number: int, device: str, sha256: str) -> Path:
-        """Where the accepted update of a device lies."""
-        return self._desk.directory(round_number, device).path(sha256)
+    def accepted_updates(self, round_number: int) -> list[tuple[Path, int]]:
+        """The accepted updates' files in the order of the devices' names, and their examples."""
+        return [
+            (
+                self._desk.directory(round_number, p.device).path(p.contribution.update.sha256),
+                p.contribution.examples,
+            )
+            for p in self._store.participants(round_number)
+            if p.status is ParticipantStatus.ACCEPTED and p.contribution is not None
+        ]
 
     def clear(self, round_number: int) -> None:
         """Removes every update of a round whose version is stored, or that was abandoned."""

@@ -8,7 +8,6 @@ first runs the engineer's own module, the second the file that an application wo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -19,9 +18,10 @@ from torch import nn
 
 from fedge.coordinator.onnx_session import RUNTIME_ERRORS, open_session
 from fedge.schemas.blobs import DEFAULT_CHUNK_BYTES, BlobRef, describe
-from fedge.schemas.errors import ParityFailed, PeerError, PlanError, PlanRefused
+from fedge.schemas.errors import PeerError, PlanError, PlanRefused
 from fedge.schemas.ids import Digest, sha256
 from fedge.schemas.onnx_wire import embed_weights
+from fedge.schemas.parity import check_parity
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensors import Array, Tensors, check_finite, check_tensors, encode_tensors
 
@@ -89,14 +89,12 @@ class Releaser:
         named = {spec.graph_name: weights[spec.tensor.name] for spec in self._manifest.weights}
         model = embed_weights(self._infer, named)
         expected = self._run_torch(weights)
-        difference = largest_difference(self._run_onnx(model), expected)
-        # Not `difference > tolerance`: a NaN must fail.
-        if not difference <= self._manifest.parity_tolerance:
-            raise ParityFailed(
-                "onnxruntime and torch on the golden inputs",
-                difference,
-                self._manifest.parity_tolerance,
-            )
+        difference = check_parity(
+            "onnxruntime and torch on the golden inputs",
+            self._run_onnx(model),
+            expected,
+            self._manifest.parity_tolerance,
+        )
         encoded = encode_tensors(weights)
         golden = encode_tensors({"output": expected})
         return Release(
@@ -140,17 +138,3 @@ def load_weights(model: nn.Module, weights: Tensors) -> None:
                 )
             # A copy, since torch may not write to numpy's memory and warns where it could.
             tensor.copy_(torch.from_numpy(np.array(weights[name])))
-
-
-def largest_difference(actual: Array, expected: Array) -> float:
-    """The largest |actual - expected| / max(1, |expected|).
-
-    Infinite for different shapes, and where either holds NaN or infinity.
-    """
-    if actual.shape != expected.shape:
-        return math.inf
-    if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
-        return math.inf
-    wide_actual, wide_expected = actual.astype(np.float64), expected.astype(np.float64)
-    scale = np.maximum(1.0, np.abs(wide_expected))
-    return float(np.max(np.abs(wide_actual - wide_expected) / scale, initial=0.0))

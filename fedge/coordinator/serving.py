@@ -48,14 +48,8 @@ async def serve(settings: Settings) -> None:
         plan, initial = await prepare_plan(store, task, settings)
         coordinator = _coordinator(settings, store, task, plan, initial)
         del initial
-        refreshing: set[asyncio.Task[None]] = set()
-
-        def refresh() -> None:
-            one = asyncio.ensure_future(coordinator.adopt_newest())
-            refreshing.add(one)
-            one.add_done_callback(refreshing.discard)
-
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, refresh)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, coordinator.look_again)
         await coordinator.run()
 
 
@@ -182,7 +176,8 @@ def _coordinator(
         maker=maker,
         desk=desk,
         control=settings.broker.link(client, rng, receive_maximum=256),
-        bulk=settings.broker.link(f"{client}.bulk", rng, receive_maximum=256),
+        # Each delivery is a chunk that lies in memory until it is written.
+        bulk=settings.broker.link(f"{client}.bulk", rng, receive_maximum=32),
         round_settings=settings.round,
         training=settings.training.over(manifest.defaults),
         seed=settings.seed,

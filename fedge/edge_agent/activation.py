@@ -7,23 +7,21 @@ outputs for the golden inputs. A file that failed a check is never at the path t
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from fedge.edge_agent.durable import replace_file
 from fedge.edge_agent.engines.interface import check_infer_graph
 from fedge.edge_agent.engines.onnx_session import RUNTIME_ERRORS, open_session
-from fedge.schemas.errors import ParityFailed, PeerError, PlanRefused, RejectReason
+from fedge.schemas.errors import PeerError, PlanRefused, RejectReason
 from fedge.schemas.ids import Digest, sha256
 from fedge.schemas.onnx_wire import embed_weights
+from fedge.schemas.parity import check_parity
 from fedge.schemas.plan import PlanManifest
-from fedge.schemas.tensors import Array, Tensors, check_tensors
+from fedge.schemas.tensors import Tensors, check_tensors
 
 _LATENCY_RUNS = 5
 
@@ -88,21 +86,6 @@ def activate(
             times_s.append(clock() - started)
     except RUNTIME_ERRORS as error:
         raise PlanRefused(f"the version's model does not run here: {error}") from error
-    largest = largest_difference(ours, theirs)
-    if largest > manifest.parity_tolerance:
-        raise ParityFailed("golden outputs on this device", largest, manifest.parity_tolerance)
+    largest = check_parity("golden outputs on this device", ours, theirs, manifest.parity_tolerance)
     replace_file(output, model)
     return Activation(statistics.median(times_s) * 1000, largest)
-
-
-def largest_difference(ours: Array, theirs: Array) -> float:
-    """The largest |ours - theirs| / max(1, |theirs|).
-
-    Infinite if the shapes differ, there is nothing to compare, or a number is not finite.
-    """
-    exact, other = theirs.astype(np.float64), ours.astype(np.float64)
-    if exact.shape != other.shape or exact.size == 0:
-        return math.inf
-    if not (np.isfinite(exact).all() and np.isfinite(other).all()):
-        return math.inf
-    return float(np.max(np.abs(other - exact) / np.maximum(1.0, np.abs(exact))))

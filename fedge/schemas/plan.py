@@ -93,7 +93,6 @@ class PlanManifest(_Frozen):
 
     `weights`: the tensors of a version in order. `state`: the optimizer's tensors; names are free.
     `target`: what the loss compares with. `output`: what `infer` returns.
-    `higher_is_better`: for each metric, in the order of the graphs' outputs.
     `golden`: safetensors with `input`: the examples of the parity check.
     """
 

@@ -1,4 +1,4 @@
-"""One bad device never stops a round: each wrong thing is refused with its own reason, and counted."""
+"""One bad device never stops a round: each wrong thing is refused with its reason, and counted."""
 
 from __future__ import annotations
 
@@ -142,8 +142,10 @@ def check_the_record(here: Fleet) -> None:
         f'population = "{here.population}"\ntask = "unused"\nstate_dir = "coordinator"\n'
     )
     shown = subprocess.run(
-        [sys.executable, "-m", "fedge.coordinator", "round", "show", "1", "--json"]
-        + ["--config", str(config)],
+        [
+            *(sys.executable, "-m", "fedge.coordinator"),
+            *("round", "show", "1", "--json", "--config", str(config)),
+        ],
         capture_output=True,
         check=True,
     )

@@ -51,7 +51,8 @@ def test_cyclic_with_one_local_step_equals_centralised_sgd_over_the_same_batches
             seed = device_seed(report.round.seed, visited)
             rows = epoch_order(len(x), seed=seed, epoch=0)[:BATCH]
             optimizer.zero_grad()
-            nn.functional.cross_entropy(net(torch.from_numpy(x[rows])), torch.from_numpy(y[rows])).backward()
+            inputs, targets = torch.from_numpy(x[rows]), torch.from_numpy(y[rows])
+            nn.functional.cross_entropy(net(inputs), targets).backward()
             optimizer.step()
             assert report.version is not None
             with here.store() as store:

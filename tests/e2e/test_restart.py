@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -55,7 +54,7 @@ class Running:
             found = self.events(event)
             if len(found) >= count:
                 return found[-1]
-            assert self.process.poll() is None, f"{self.name} ended:\n{self.log.read_text()[-2000:]}"
+            assert self.process.poll() is None, f"{self.name} ended: {self.log.read_text()[-2000:]}"
             time.sleep(0.02)
         raise AssertionError(f"{self.name}: no {event}:\n{self.log.read_text()[-3000:]}")
 
@@ -120,7 +119,7 @@ def test_a_fleet_survives_kill_9_of_each_of_its_programs(tmp_path: Path) -> None
 
 
 def check_the_promise(folder: Path, versions: int) -> None:
-    """From the stores: each accepted update is in exactly one version, or its round says why not."""
+    """From the stores: an accepted update is in exactly one version, or its round says why not."""
     with Store.open(folder / "coordinator") as store:
         assert [v.number for v in store.versions()] == list(range(versions + 1))
         for record in store.rounds():
@@ -138,4 +137,5 @@ def check_the_promise(folder: Path, versions: int) -> None:
             if record.outcome is Outcome.ABANDONED:
                 assert record.reason
     for index in range(2):
-        assert os.listdir(folder / f"d{index}" / "outbox") == [], "updates without a receipt"
+        waiting = list((folder / f"d{index}" / "outbox").iterdir())
+        assert waiting == [], "updates without a receipt"

@@ -1,0 +1,90 @@
+"""The journal: what was refused and who was seen, written in batches beside the rounds.
+
+Nothing waits for it, and a flood cannot fill memory: refusals that come faster than they can be
+written are counted in one log line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+from fedge.coordinator.store import DeviceSighting, Refusal, Store
+from fedge.coordinator.workers import Workers
+from fedge.schemas.errors import PeerError
+from fedge.schemas.logs import EventLog
+
+log = EventLog(__name__)
+
+MAX_PENDING_REFUSALS = 10_000
+
+
+class Journal:
+    """Collects, and writes when `keep` runs. `wall_clock`: seconds since the epoch."""
+
+    def __init__(self, store: Store, workers: Workers, wall_clock: Callable[[], float]) -> None:
+        self._store = store
+        self._workers = workers
+        self._wall_clock = wall_clock
+        self._refusals: list[Refusal] = []
+        self._overflow = 0
+        self._sightings: dict[str, DeviceSighting] = {}
+        self._due = asyncio.Event()
+
+    def refused(self, device: str | None, error: PeerError, round_number: int | None) -> None:
+        """Something was refused: logged now, counted in the record of the round soon."""
+        log.warning(
+            "refused",
+            device=device,
+            round=round_number,
+            reason=error.reason.value,
+            detail=error.detail,
+        )
+        if len(self._refusals) >= MAX_PENDING_REFUSALS:
+            self._overflow += 1
+            return
+        at = self._wall_clock()
+        self._refusals.append(Refusal(error.reason, error.detail, at, round_number, device))
+        self._due.set()
+
+    def saw(
+        self,
+        device: str,
+        *,
+        boot: int | None = None,
+        online: bool | None = None,
+        examples: int | None = None,
+        version: int | None = None,
+        agent_version: str | None = None,
+    ) -> None:
+        """Something became known of a device; None leaves what was known."""
+        new = DeviceSighting(
+            device, self._wall_clock(), boot, online, examples, version, agent_version
+        )
+        old = self._sightings.get(device)
+        if old is not None:
+            facts = ("boot", "online", "examples", "version", "agent_version")
+            known = {name: getattr(old, name) for name in facts if getattr(new, name) is None}
+            new = replace(new, **known)
+        self._sightings[device] = new
+        self._due.set()
+
+    async def keep(self) -> None:
+        """Writes what was collected, whenever there is something, until cancelled."""
+        while True:
+            await self._due.wait()
+            self._due.clear()
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Writes what was collected."""
+        refusals, self._refusals = self._refusals, []
+        sightings, self._sightings = self._sightings, {}
+        if self._overflow:
+            log.warning("refusals_not_recorded", count=self._overflow)
+            self._overflow = 0
+        if refusals:
+            await self._workers.durable(lambda: self._store.count_refusals(refusals))
+        if sightings:
+            await self._workers.durable(lambda: self._store.record_devices(sightings.values()))
