@@ -4,11 +4,11 @@
     python benchmarks/round_overhead.py --rounds 50     more rounds in the first part
     python benchmarks/round_overhead.py --only training only the second part
 
-Part one: 10 agents, `mnist-cnn` (431,080 parameters), no local step: every byte of a round moves and
-nothing is learned. Beside it, in the same run, the floor: the same chunks through the same broker by
-bare links that verify, store and decide nothing. Part two: 4 agents with 1,500 examples each train
-for real; the figure is the round's time beyond the slowest training in it. The examples are random
-pixels: what they show does not change what they cost.
+Part one: 10 agents, `mnist-cnn` (431,080 parameters), no local step: every byte of a round moves
+and nothing is learned. Beside it, in the same run, the floor: the same chunks through the same
+broker by bare links that verify, store and decide nothing. Part two: 4 agents with 1,500 examples
+each train for real; the figure is the round's time beyond the slowest training in it. The examples
+are random pixels: what they show does not change what they cost.
 """
 
 from __future__ import annotations
@@ -83,13 +83,11 @@ async def without_training(folder: Path, rounds: int, agents: int) -> dict[str, 
         warm_up = 3
         write_configs(
             folder, port, agents=agents, examples=8,
-            tables=f"[round]\ngoal = {agents}\nover_selection = 1.0\nversions = {rounds + warm_up}\n"
-            "[training]\nlocal_epochs = 0\n",
+            tables=f"[round]\ngoal = {agents}\nover_selection = 1.0\n"
+            f"versions = {rounds + warm_up}\n[training]\nlocal_epochs = 0\n",
         )  # fmt: skip
         async with counters(port) as values:
-            fleet = [
-                stack.enter_context(start_agent(folder, index)) for index in range(agents)
-            ]
+            fleet = [stack.enter_context(start_agent(folder, index)) for index in range(agents)]
             for one in fleet:
                 await asyncio.to_thread(wait_for_event, one, "examples_counted")
             await asyncio.sleep(2)
@@ -118,7 +116,9 @@ async def without_training(folder: Path, rounds: int, agents: int) -> dict[str, 
                 for line in coordinator.events()
                 if line["event"] == "version_published"
             }
-            taken = [published[n] - published[n - 1] for n in range(warm_up + 1, max(published) + 1)]
+            taken = [
+                published[n] - published[n - 1] for n in range(warm_up + 1, max(published) + 1)
+            ]
             with Store.open(folder / "coordinator") as store:
                 newest = store.newest_version()
                 assert newest is not None
@@ -165,7 +165,9 @@ async def floor(port: int, model_bytes: int, agents: int, repeats: int) -> float
         for name in names
     ]
     center, devices = links[0], links[1:]
-    chunks = [bytes(CHUNK_BYTES)] * (model_bytes // CHUNK_BYTES) + [bytes(model_bytes % CHUNK_BYTES)]
+    chunks = [bytes(CHUNK_BYTES)] * (model_bytes // CHUNK_BYTES) + [
+        bytes(model_bytes % CHUNK_BYTES)
+    ]
     await center.subscribe("floor/up/+/+")
     for index, link in enumerate(devices):
         await link.subscribe("floor/down/+", f"floor/to/{index}")
@@ -208,7 +210,8 @@ async def with_training(folder: Path, rounds: int) -> dict[str, Any]:
     with mosquitto(folder) as (port, _), contextlib.ExitStack() as stack:
         write_configs(
             folder, port, agents=agents, examples=examples,
-            tables=f"[round]\ngoal = {agents}\nover_selection = 1.0\nversions = {rounds + warm_up}\n"
+            tables=f"[round]\ngoal = {agents}\nover_selection = 1.0\n"
+            f"versions = {rounds + warm_up}\n"
             "[training]\nlocal_epochs = 1\nbatch_size = 64\nlearning_rate = 0.01\n",
         )  # fmt: skip
         fleet = [stack.enter_context(start_agent(folder, index)) for index in range(agents)]
@@ -256,9 +259,7 @@ def start_agent(folder: Path, index: int) -> contextlib.AbstractContextManager[P
     return program(f"agent-{index}", arguments, folder)
 
 
-def start_coordinator(
-    folder: Path, *entry: str
-) -> contextlib.AbstractContextManager[Program]:
+def start_coordinator(folder: Path, *entry: str) -> contextlib.AbstractContextManager[Program]:
     arguments = [*(entry or ("-m", "fedge.coordinator")), "serve", "--config", "fedge.toml"]
     return program("coordinator", arguments, folder)
 

@@ -7,6 +7,7 @@ messages by type, and leaves topics and sessions to the service that gave it `te
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,9 @@ from fedge.schemas.logs import EventLog
 from fedge.schemas.messages import Message, RoundPhase
 
 log = EventLog(__name__)
+
+LONGEST_REST_S = 60.0
+"""Between an abandoned round and the next: 1 s after the first, doubling, and never more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,8 @@ class Conductor:
         self._seed = seed
         self._around = around
         self._round: Round | None = None
+        self._abandoned_in_a_row = 0
+        self._rests_until = 0.0
 
     # ------------------------------------------------------------ looking
 
@@ -254,9 +260,21 @@ class Conductor:
             accepted=len(self._round.accepted),
         )
 
+    def take_up(self) -> None:
+        """Goes on with the round that `recover` found, now that messages can be sent.
+
+        It may have reached its goal before the restart; if not, assignments may have been recorded
+        and never sent, and a device that has its own already takes no second one.
+        """
+        self.time_passed()
+        state = self._round
+        if state is not None and state.phase is Phase.TRAINING:
+            waiting = state.cohort - state.accepted - state.failed
+            self._act(state, rounds.Assign(tuple(sorted(waiting))))
+
     async def open_next_round(self) -> None:
         """Opens the next round, unless the operator's number of versions is reached."""
-        if self._round is not None:
+        if self._round is not None or self._around.clock() < self._rests_until:
             return
         limit = self._versions_limit
         if limit is not None and self.newest.number >= limit:
@@ -268,9 +286,9 @@ class Conductor:
         state = rounds.open_round(
             number,
             self.newest.number,
-            seed,
-            self._policy,
-            self._around.clock(),
+            seed=seed,
+            policy=self._policy,
+            now=self._around.clock(),
             previous=self._last_visited(number),
         )
         now = self._around.wall_clock()
@@ -386,6 +404,7 @@ class Conductor:
             return
         self.newest = version
         self._maker.commit()
+        self._abandoned_in_a_row = 0
         log.info(
             "version_made",
             version=version.number,
@@ -405,8 +424,14 @@ class Conductor:
         at = self._around.wall_clock()
         await self._workers.durable(lambda: self._store.abandon_round(state.number, reason, at=at))
         log.warning("round_abandoned", round=state.number, reason=reason)
+        self._abandoned_in_a_row += 1
+        # Whatever made it fail may make the next one fail: a fleet is not asked again at once.
+        rest_s = min(LONGEST_REST_S, 2.0 ** min(self._abandoned_in_a_row - 1, 16))
+        self._rests_until = self._around.clock() + rest_s
         await self._end_round(state)
         await self.adopt_newest()
+        await asyncio.sleep(rest_s)
+        await self._around.publish()
 
     async def _end_round(self, state: Round) -> None:
         self._desk.drop_all()

@@ -1,4 +1,4 @@
-"""What the operator's commands print: tables for people, JSON for scripts, from the same records."""
+"""What the operator's commands print: tables for people, JSON for scripts, of the same records."""
 
 from __future__ import annotations
 

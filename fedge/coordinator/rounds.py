@@ -183,7 +183,13 @@ Command = Assign | Defer | Dismiss | Aggregate | Abandon
 
 
 def open_round(
-    number: int, base: int, seed: int, policy: RoundPolicy, now: float, previous: str | None = None
+    number: int,
+    base: int,
+    *,
+    seed: int,
+    policy: RoundPolicy,
+    now: float,
+    previous: str | None = None,
 ) -> Round:
     """A round that gathers. `now`: seconds of the caller's clock."""
     return Round(number, base, seed, until=now + policy.gather_s, previous=previous)
@@ -195,7 +201,7 @@ def device_seed(round_seed: int, device: str) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def step(
+def step(  # noqa: PLR0911 -- one return for each event
     state: Round, event: Event, policy: RoundPolicy, now: float
 ) -> tuple[Round, Sequence[Command]]:
     """The next state and what to do. Events that mean nothing in a phase change nothing."""

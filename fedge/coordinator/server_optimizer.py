@@ -112,6 +112,16 @@ class ServerOptimizer:
             for spec in self.state_specs
         }
 
+    def check(self, state: Tensors) -> None:
+        """Raises `ConfigError` unless `state` was made by this optimizer for this plan."""
+        try:
+            check_tensors(state, self.state_specs)
+        except PeerError as error:
+            raise ConfigError(
+                f"the stored state is not this server optimizer's ({error.detail}); keep the "
+                "optimizer that made it, or begin with a new state_dir"
+            ) from error
+
     def apply(
         self, weights: Tensors, mean_delta: Tensors, state: Tensors
     ) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -120,13 +130,7 @@ class ServerOptimizer:
         `mean_delta`: of every tensor that is updated. Computed in float64, rounded once to each
         tensor's dtype. Raises `ConfigError` if `state` belongs to another optimizer or plan.
         """
-        try:
-            check_tensors(state, self.state_specs)
-        except PeerError as error:
-            raise ConfigError(
-                f"the stored state is not this server optimizer's ({error.detail}); keep the "
-                "optimizer that made it, or begin with a new state"
-            ) from error
+        self.check(state)
         new_weights: dict[str, Array] = {}
         new_state: dict[str, Array] = {}
         for spec in self.specs:

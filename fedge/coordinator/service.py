@@ -131,8 +131,7 @@ class Coordinator:
                     (self._journal.keep(), "journal"),
                 ):
                     self._group.create_task(work, name=name)
-                # A round that was taken up again may have reached its goal before the restart.
-                self._conductor.time_passed()
+                self._conductor.take_up()
         finally:
             await self._control.close()
             await self._bulk.close()

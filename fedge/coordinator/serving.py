@@ -1,7 +1,8 @@
 """From a configuration to a running coordinator: opens the state, finds or compiles the plan.
 
-A population keeps its plan: the first start compiles the task and stores what came out; later starts
-read it back, and refuse a task whose interface has changed since. Torch is imported here and below.
+A population keeps its plan: the first start compiles the task and stores what came out; later
+starts read it back, and refuse a task whose interface has changed since. Torch is imported here and
+below.
 """
 
 from __future__ import annotations

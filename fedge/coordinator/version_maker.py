@@ -15,7 +15,6 @@ from fedge.coordinator.release import Release
 from fedge.coordinator.server_optimizer import ServerOptimizer
 from fedge.coordinator.store import VersionRecord
 from fedge.schemas.blob_files import BlobDirectory
-from fedge.schemas.errors import StoreError
 from fedge.schemas.ids import Digest, sha256
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensors import Array, Tensors, encode_tensors, read_tensors
@@ -51,11 +50,16 @@ class VersionMaker:
         self._made: Tensors = {}
 
     def make_first(self, now: float) -> VersionRecord:
-        """Version 0, from the task's initial weights. Raises `ParityFailed` if they fail the gate."""
+        """Version 0, of the initial weights. Raises `ParityFailed` if they fail the gate."""
         return self._store(0, self._weights, now, server_state=None)
 
     def adopt(self, version: VersionRecord) -> None:
-        """Continues from `version`. Raises `StoreError` or `PeerError` if its weights are damaged."""
+        """Continues from `version`.
+
+        Raises `StoreError` or `PeerError` for damaged weights, `ConfigError` if another server
+        optimizer made it: better told at the start than at the end of a round.
+        """
+        self._optimizer.check(self._server_state(version))
         self._weights = read_tensors(
             self._blobs.path(version.weights.sha256), self._manifest.weight_specs
         )

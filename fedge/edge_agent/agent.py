@@ -36,6 +36,9 @@ from fedge.schemas.topics import Address, Channel, Topics
 
 log = EventLog(__name__)
 
+OFFER_AGAIN_S = 30.0
+"""An offer that has no receipt after so long is said again: brokers drop what they acknowledged."""
+
 ACTIVATION_GRACE_S = 2.0
 """A version is put into use when no newer one has come for so long: in a quick series of rounds a
 device has better things to do than to check versions that nobody will ask."""
@@ -96,6 +99,7 @@ class EdgeAgent:
                     (self._read(self._control), "read-control"),
                     (self._read(self._bulk), "read-bulk"),
                     (self._keep_active(), "activate"),
+                    (self._keep_offering(), "offer"),
                 ):
                     self._group.create_task(work, name=f"{name}-{self._device}")
                 self._start(self._count_examples(), "count")
@@ -235,6 +239,13 @@ class EdgeAgent:
                     kind=ReportKind.TRAINING_FAILED, round=number, detail=reason[:500]
                 )
                 self._start(self._send(report), f"report-{number}")
+
+    async def _keep_offering(self) -> None:
+        while True:
+            await asyncio.sleep(OFFER_AGAIN_S * self._rng.uniform(0.75, 1.25))
+            if self._control.connected:
+                for number in sorted(self._outbox):
+                    self._act(machine.SendOffer(number))
 
     async def _count_examples(self) -> None:
         if self._data is None:

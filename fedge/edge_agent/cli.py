@@ -188,7 +188,7 @@ def data() -> None:
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many examples.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
 @_json
-def split(
+def split(  # noqa: PLR0917 -- click calls it by name
     source: Path, scheme: str, parts: int, seed: int, limit: int | None, out: Path, as_json: bool
 ) -> None:
     """Divide a data set into part-0.npz, part-1.npz, … as if it were on as many devices."""

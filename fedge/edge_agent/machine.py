@@ -14,6 +14,7 @@ or in another order; every handler below is harmless when repeated.
     TRAINING            Trained                     OFFERED: keep in the outbox, offer
     TRAINING            a newer round, or Aborted   none: stop the training, its result is useless
     OFFERED             Assigned again, Connected   offer again: the answer was lost
+    OFFERED             the round announced again   offer again: the coordinator was away
     OFFERED             Receipted                   none: forget the update
 """
 
@@ -266,15 +267,11 @@ Command = (
 Step = tuple[Agent, Sequence[Command]]
 
 
-def step(state: Agent, event: Event) -> Step:  # noqa: PLR0911 -- one return for each event
+def step(state: Agent, event: Event) -> Step:  # noqa: PLR0911, PLR0912 -- one for each event
     """The next state and what to do."""
     match event:
         case Connected():
-            offers = tuple(SendOffer(number) for number in sorted(state.outbox))
-            # A check-in may have died with the broker's queue: say it again for this round.
-            state = replace(state, connected=True, checked_in=0)
-            state, more = _maybe_check_in(state)
-            return state, (*offers, *more)
+            return _say_again(replace(state, connected=True))
         case Disconnected():
             return replace(state, connected=False), ()
         case Counted(examples):
@@ -327,9 +324,16 @@ def _version_seen(state: Agent, announcement: VersionAnnouncement) -> Step:
 
 
 def _round_seen(state: Agent, announcement: RoundAnnouncement) -> Step:
-    if state.round is not None and announcement.round < state.round.round:
+    before = state.round
+    if before is not None and announcement.round < before.round:
         return state, ()
     state = replace(state, round=announcement)
+    if before is not None and (announcement.round, announcement.phase) == (
+        before.round,
+        before.phase,
+    ):
+        # The coordinator says nothing new: it was away. What we said meanwhile, nobody heard.
+        return _say_again(state)
     commands: Sequence[Command] = ()
     if state.work is not None and state.work.assignment.round < announcement.round:
         # The coordinator has moved on. An offered update keeps waiting for its receipt (in the
@@ -337,6 +341,13 @@ def _round_seen(state: Agent, announcement: RoundAnnouncement) -> Step:
         state, commands = _drop_work(state, state.work.assignment.round)
     state, more = _maybe_check_in(state)
     return state, (*commands, *more)
+
+
+def _say_again(state: Agent) -> Step:
+    """Whatever has no answer yet: the broker or the coordinator may have lost it."""
+    offers = tuple(SendOffer(number) for number in sorted(state.outbox))
+    state, more = _maybe_check_in(replace(state, checked_in=0))
+    return state, (*offers, *more)
 
 
 def _maybe_check_in(state: Agent) -> Step:

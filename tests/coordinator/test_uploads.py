@@ -197,7 +197,7 @@ def test_every_update_arrives_whole_within_the_credit_whatever_is_lost(
                 flying += [(name, index, payload) for index, payload in sender.take()]
         assert len(flying) <= slots * window
         if not flying or rng.random() < 0.05:
-            # A silence: what flew is lost; a device offers again after a while, and keeps its chunks.
+            # A silence: what flew is lost; a device offers again later, and keeps its chunks.
             now += 11
             flying.clear()
             hear(desk.expired(now))

@@ -63,9 +63,7 @@ async def send_bad_messages(evil: ScriptedDevice, here: Fleet, honest: Offer) ->
 
 async def send_bad_offers(evil: ScriptedDevice, honest: Offer) -> None:
     """Offers whose words are well-formed and untrue; each gets its receipt."""
-    huge = BlobRef.model_validate(
-        describe(bytes(200_000)).model_dump() | {"sha256": "ab" * 32}
-    )
+    huge = BlobRef.model_validate(describe(bytes(200_000)).model_dump() | {"sha256": "ab" * 32})
     for reason, changes in (
         (RejectReason.STALE_ROUND, {"round": honest.round + 5}),
         (RejectReason.WRONG_BASE, {"base": honest.base + 3}),

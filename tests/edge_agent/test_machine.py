@@ -133,7 +133,6 @@ def test_a_version_announced_again_while_it_is_fetched_is_fetched_once() -> None
 def test_a_device_checks_in_once_while_a_round_gathers() -> None:
     device = ready()
     assert device.feed(RoundSeen(announced(1))) == [CheckIn(1, 2.0)]
-    assert device.feed(RoundSeen(announced(1))) == []
     assert device.feed(RoundSeen(announced(1, RoundPhase.TRAINING))) == []
     assert device.feed(RoundSeen(announced(2))) == [CheckIn(2, 2.0)]
 
@@ -159,6 +158,15 @@ def test_after_a_reconnect_the_device_says_again_what_has_no_answer() -> None:
     offered = in_training(4)
     offered.feed(Trained(4), Disconnected())
     assert offered.feed(Connected()) == [SendOffer(4)]
+
+
+def test_a_round_announced_again_means_that_nobody_heard_us() -> None:
+    device = ready()
+    device.feed(RoundSeen(announced(1)))
+    assert device.feed(RoundSeen(announced(1))) == [CheckIn(1, 2.0)]
+    offered = in_training(4)
+    offered.feed(RoundSeen(announced(4, RoundPhase.TRAINING)), Trained(4))
+    assert offered.feed(RoundSeen(announced(4, RoundPhase.TRAINING))) == [SendOffer(4)]
 
 
 def test_training_waits_for_its_base() -> None:
@@ -202,7 +210,7 @@ def test_a_training_that_failed_is_reported_and_not_repeated_in_that_round() -> 
     device = in_training(1)
     failed = device.feed(TrainingStopped(1, "out of memory"))
     assert failed == [SayTrainingFailed(1, "out of memory")]
-    assert device.feed(RoundSeen(announced(1))) == []
+    assert device.feed(RoundSeen(announced(1, RoundPhase.TRAINING))) == []
     assert device.feed(RoundSeen(announced(2))) == [CheckIn(2, 2.0)]
 
 
