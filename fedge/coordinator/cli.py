@@ -274,6 +274,9 @@ def version_rollback(number: int, config_path: Path) -> None:
         return
     try:
         os.kill(pid, signal.SIGHUP)
+    except ProcessLookupError:
+        click.echo("the coordinator has just ended: it is published at the next start")
+        return
     except PermissionError as error:
         raise ConfigError(
             f"the coordinator (process {pid}) runs as another user: send it SIGHUP"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedge.coordinator import rounds
-from fedge.coordinator.intake import Intake, OpenRound, rejected_receipt
+from fedge.coordinator.intake import Intake, OpenRound, contribution_of, rejected_receipt
 from fedge.coordinator.journal import Journal
 from fedge.coordinator.rounds import Phase, Round
 from fedge.coordinator.settings import ResolvedTraining, RoundSettings
@@ -88,6 +88,8 @@ class Conductor:
         self._seed = seed
         self._around = around
         self._round: Round | None = None
+        self._claims: dict[str, int] = {}
+        self._offered: dict[str, Digest] = {}
         self._abandoned_in_a_row = 0
         self._rests_until = 0.0
 
@@ -116,7 +118,9 @@ class Conductor:
         state = self._round
         if state is None or state.phase is not Phase.TRAINING:
             return None
-        return OpenRound(state.number, state.base, state.cohort - state.accepted)
+        return OpenRound(
+            state.number, state.base, state.cohort - state.accepted, dict(self._claims)
+        )
 
     def next_deadline(self) -> float | None:
         """When `time_passed` should be called, in `clock` seconds."""
@@ -129,14 +133,31 @@ class Conductor:
 
     # ------------------------------------------------------------ what happens
 
-    def checked_in(self, device: str, round_number: int) -> None:
+    def checked_in(self, device: str, round_number: int, examples: int) -> None:
         """A device is ready. Raises `PeerError` (stale_round) for another round than this one."""
         if round_number != self.round_number:
             raise PeerError(
                 RejectReason.STALE_ROUND,
                 f"check-in for round {round_number}; open: {self.round_number or 'none'}",
             )
+        if self._round is not None and self._round.phase is Phase.GATHERING:
+            self._claims[device] = examples
         self._feed(rounds.CheckedIn(device, self._online_count()))
+
+    def offered(self, device: str, offer: messages.Offer) -> None:
+        """An offer was taken: kept in the record, for whoever asks why a device fell silent."""
+        state = self._round
+        if state is None or device in state.failed:
+            return
+        if self._offered.get(device) == offer.update.sha256:
+            return
+        self._offered[device] = offer.update.sha256
+        at = self._around.wall_clock()
+
+        def record() -> None:
+            self._store.record_offer(offer.round, device, contribution_of(offer), at=at)
+
+        self._around.start(self._workers.durable(record), f"offered-{device}")
 
     def training_failed(self, device: str, round_number: int | None, detail: str) -> None:
         """A device says that no update will come. Raises `PeerError` if nobody asked it."""
@@ -145,6 +166,8 @@ class Conductor:
             return
         if device not in state.cohort:
             raise PeerError(RejectReason.NOT_IN_COHORT, f"{device} was not asked")
+        if device in state.failed:
+            return
         at = self._around.wall_clock()
 
         def record() -> None:
@@ -166,7 +189,7 @@ class Conductor:
         self._around.tell(device, rejected_receipt(offer, error))
         if state is None or offer.round != state.number:
             return
-        if device not in state.cohort or device in state.accepted:
+        if device not in state.cohort or device in state.accepted | state.failed:
             return
         at = self._around.wall_clock()
 
@@ -182,10 +205,10 @@ class Conductor:
         try:
             receipt = await self._accept(upload)
         except PeerError as error:
-            others = self._desk.taken(device, self._around.clock())
+            others = self._desk.taken(upload, self._around.clock())
             self.reject(device, offer, error)
             return others
-        others = self._desk.taken(device, self._around.clock())
+        others = self._desk.taken(upload, self._around.clock())
         self._around.tell(device, receipt)
         log.info(
             "update_accepted",
@@ -205,10 +228,11 @@ class Conductor:
         newest = await self._workers.durable(self._store.newest_version)
         if newest is None or newest.number <= self.newest.number:
             return
+        # Before anything is awaited: no update to the old version may close its round now.
         self.newest = newest
+        self._feed(rounds.Superseded(newest.number))
         await self._workers.compute(lambda: self._maker.adopt(newest))
         log.info("version_adopted", version=newest.number, note=newest.note)
-        self._feed(rounds.Superseded(newest.number))
         await self._around.publish()
 
     def measured(self, version: VersionRecord) -> None:
@@ -234,6 +258,8 @@ class Conductor:
             else:
                 reason = "its base is not the newest version"
                 self._store.abandon_round(record.number, reason, at=now)
+        self._desk.keep_only(self.round_number)
+        self._store.blobs.sweep()
 
     def _resume(self, record: RoundRecord) -> None:
         participants = self._store.participants(record.number)
@@ -344,8 +370,11 @@ class Conductor:
                     tell(device, messages.Retry(round=state.number, after_s=after_s))
             case rounds.Dismiss(devices, reason):
                 for device in devices:
-                    self._desk.drop(device)
-                    tell(device, messages.Abort(round=state.number, reason=reason))
+                    dropped = self._desk.drop(device)
+                    if dropped is None:
+                        tell(device, messages.Abort(round=state.number, reason=reason))
+                    else:
+                        tell(device, rejected_receipt(dropped, PeerError(reason, "")))
             case rounds.Aggregate():
                 self._around.start(self._aggregate(state), f"aggregate-{state.number}")
             case rounds.Abandon(reason):
@@ -391,9 +420,12 @@ class Conductor:
     async def _aggregate(self, state: Round) -> None:
         updates = await self._workers.durable(lambda: self._intake.accepted_updates(state.number))
         now = self._around.wall_clock()
+        base = self.newest
         try:
+            if base.number != state.base:
+                raise StoreError(f"version {base.number} took the place of its base")
             version = await self._workers.compute(
-                lambda: self._maker.make_next(self.newest, state.number, updates, now)
+                lambda: self._maker.make_next(base, state.number, updates, now)
             )
             await self._workers.durable(lambda: self._record(version))
         except (FedgeError, ValueError) as error:
@@ -434,7 +466,12 @@ class Conductor:
         await self._around.publish()
 
     async def _end_round(self, state: Round) -> None:
-        self._desk.drop_all()
+        for device, offer in self._desk.drop_all():
+            late = PeerError(RejectReason.LATE, f"round {state.number} has closed")
+            self._around.tell(device, rejected_receipt(offer, late))
         self._round = None
+        self._claims.clear()
+        self._offered.clear()
+        # On the durable thread, after whatever upload is still being decided there.
+        await self._workers.durable(lambda: self._desk.clear(state.number))
         await self._around.publish()
-        await self._workers.durable(lambda: self._intake.clear(state.number))

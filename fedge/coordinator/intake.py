@@ -8,8 +8,7 @@ key is (round, device). Nothing here knows how rounds proceed; the service tells
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +23,16 @@ from fedge.schemas.tensors import encoded_limit_bytes
 
 @dataclass(frozen=True, slots=True)
 class OpenRound:
-    """What the intake must know of the round that trains now. `waiting`: asked, not accepted."""
+    """What the intake must know of the round that trains now.
+
+    `waiting`: devices that were asked and have no accepted update. `claims`: the examples that
+    each said it has when it checked in; weight cannot be claimed afterwards.
+    """
 
     number: int
     base: int
     waiting: frozenset[str]
+    claims: Mapping[str, int]
 
 
 class Intake:
@@ -60,7 +64,7 @@ class Intake:
         """
         if now_open is None or offer.round != now_open.number or device not in now_open.waiting:
             return ((device, self._settled(device, offer, now_open)),)
-        self._check(offer, now_open)
+        self._check(device, offer, now_open)
         return self._desk.offered(device, offer, now)
 
     def finish(self, upload: Upload) -> Receipt:
@@ -73,7 +77,7 @@ class Intake:
         try:
             validate_update(path, self._manifest)
             self._store.record_accepted(
-                offer.round, upload.device, _contribution(offer), at=self._wall_clock()
+                offer.round, upload.device, contribution_of(offer), at=self._wall_clock()
             )
         except PeerError:
             path.unlink(missing_ok=True)
@@ -90,10 +94,6 @@ class Intake:
             for p in self._store.participants(round_number)
             if p.status is ParticipantStatus.ACCEPTED and p.contribution is not None
         ]
-
-    def clear(self, round_number: int) -> None:
-        """Removes every update of a round whose version is stored, or that was abandoned."""
-        shutil.rmtree(self._desk.folder / str(round_number), ignore_errors=True)
 
     def _settled(self, device: str, offer: Offer, now_open: OpenRound | None) -> Receipt:
         known = self._store.participant(offer.round, device)
@@ -114,7 +114,12 @@ class Intake:
             f"round {offer.round} is not open; {there_is}",
         )
 
-    def _check(self, offer: Offer, now_open: OpenRound) -> None:
+    def _check(self, device: str, offer: Offer, now_open: OpenRound) -> None:
+        if offer.examples > now_open.claims.get(device, offer.examples):
+            raise PeerError(
+                RejectReason.INVALID_FIELD,
+                f"{offer.examples} examples; the check-in said {now_open.claims[device]}",
+            )
         if offer.base != now_open.base:
             raise PeerError(
                 RejectReason.WRONG_BASE,
@@ -146,7 +151,8 @@ def rejected_receipt(offer: Offer, error: PeerError) -> Receipt:
     )
 
 
-def _contribution(offer: Offer) -> Contribution:
+def contribution_of(offer: Offer) -> Contribution:
+    """What the record keeps of an offer."""
     return Contribution(
         update=offer.update,
         examples=offer.examples,

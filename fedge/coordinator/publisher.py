@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from fedge.coordinator.store import VersionRecord
 from fedge.schemas.blob_files import BlobDirectory
 from fedge.schemas.blobs import BlobRef, ChunkSet
+from fedge.schemas.errors import LinkError
 from fedge.schemas.link.protocol import MAX_IN_FLIGHT, Link
 from fedge.schemas.logs import EventLog
 from fedge.schemas.messages import Message, VersionAnnouncement, encode
@@ -49,11 +50,14 @@ class Publisher:
         self._topics = topics
         self._blobs = blobs
         self._seeded: set[str] = set()
+        self._generation = 0
+        self._repeating: dict[str, ChunkSet] = {}
         self.chunk_bytes_published = 0
 
     def forget(self) -> None:
         """The broker may have lost what it kept: publish it again when it is next named."""
         self._seeded.clear()
+        self._generation += 1
 
     async def announce(self, message: Message) -> None:
         """Replaces the retained announcement of this kind."""
@@ -61,17 +65,37 @@ class Publisher:
         await self._control.publish(topic, encode(message), retain=True)
 
     async def seed(self, refs: Iterable[BlobRef]) -> None:
-        """Publishes every chunk of the blobs that this connection has not seen yet."""
+        """Publishes every chunk of the blobs that this connection has not seen yet.
+
+        Raises `LinkError` if the broker refuses one.
+        """
         for ref in refs:
             if ref.sha256 not in self._seeded:
+                generation = self._generation
                 await self._each(ref, range(ref.chunk_count), self._chunk_reader(ref))
-                self._seeded.add(ref.sha256)
+                if generation == self._generation:
+                    self._seeded.add(ref.sha256)
 
     async def repeat(self, ref: BlobRef, missing: ChunkSet) -> None:
-        """Publishes the chunks that a device did not find."""
-        wanted = [index for index in range(ref.chunk_count) if index in missing]
-        log.info("chunks_repeated", sha256=ref.sha256[:12], chunks=len(wanted))
-        await self._each(ref, wanted, self._chunk_reader(ref))
+        """Publishes the chunks that a device did not find.
+
+        What others miss of the same blob meanwhile is published with it, each chunk once.
+        """
+        underway = self._repeating.get(ref.sha256)
+        if underway is not None:
+            for index in range(ref.chunk_count):
+                if index in missing:
+                    underway.add(index)
+            return
+        self._repeating[ref.sha256] = missing
+        try:
+            done: set[int] = set()
+            while wanted := [i for i in range(ref.chunk_count) if i in missing and i not in done]:
+                log.info("chunks_repeated", sha256=ref.sha256[:12], chunks=len(wanted))
+                await self._each(ref, wanted, self._chunk_reader(ref))
+                done.update(wanted)
+        finally:
+            del self._repeating[ref.sha256]
 
     async def clear(self, refs: Iterable[BlobRef]) -> None:
         """Removes the chunks of blobs that no device needs any more from the broker."""
@@ -102,6 +126,10 @@ class Publisher:
                 await self._bulk.publish(topic, payload, retain=True)
                 self.chunk_bytes_published += len(payload)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(MAX_IN_FLIGHT):
-                group.create_task(publish_rest(), name=f"publish-{ref.sha256[:8]}")
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(MAX_IN_FLIGHT):
+                    group.create_task(publish_rest(), name=f"publish-{ref.sha256[:8]}")
+        except* LinkError as failed:
+            # One refusal, not a group of eight: callers deal with what the broker said.
+            raise failed.exceptions[0] from None

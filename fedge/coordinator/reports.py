@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedge.coordinator.store import (
     DeviceRecord,
@@ -21,7 +22,8 @@ from fedge.coordinator.store import (
     VersionRecord,
 )
 
-console = Console(highlight=False, soft_wrap=True)
+# Names, details and versions come from devices: nothing in them is markup.
+console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def show_versions(versions: Sequence[VersionRecord], *, as_json: bool) -> None:
@@ -145,8 +147,17 @@ def _participant_cells(participant: ParticipantRecord) -> list[str]:
     ]
 
 
+class _PlainTable(Table):
+    """A table whose cells are text, whatever brackets and control characters they hold."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Adds a row of plain text."""
+        clean = (Text("".join(c if c.isprintable() else "?" for c in str(cell))) for cell in cells)
+        super().add_row(*clean, **options)
+
+
 def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = _PlainTable(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     return table

@@ -1,8 +1,9 @@
 """The coordinator as a service: events in from two sessions, and their answers out.
 
-One event loop owns everything here, and nothing on it blocks. This module parses what comes, hands
-it to the part that decides (`Intake` for offers and chunks, `Conductor` for rounds), and publishes.
-It is the one place where a bad message becomes a counted refusal.
+One event loop owns everything here. What must be durable, and what computes, runs on threads of
+its own; on the loop are only short reads of the store and writes of single chunks. This module
+parses what comes, hands it to the part that decides (`Intake` for offers and chunks, `Conductor`
+for rounds), and publishes. It is the one place where a bad message becomes a counted refusal.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fedge.coordinator.workers import Workers
 from fedge.schemas import messages, topics
 from fedge.schemas.blobs import BlobRef, ChunkSet
 from fedge.schemas.errors import FedgeError, LinkClosed, LinkError, PeerError, RejectReason
+from fedge.schemas.ids import Digest
 from fedge.schemas.link.protocol import Delivery, Link, LinkDown, LinkUp
 from fedge.schemas.logs import EventLog
 from fedge.schemas.messages import Message, RoundPhase
@@ -48,8 +50,10 @@ class Plan:
 class Coordinator:
     """One population's coordinator. `run` ends when it is cancelled.
 
-    `evaluate`: measures a version, or None where there is no test set. `wall_clock`: seconds since
-    the epoch, for records; `clock`: monotonic seconds, for deadlines.
+    `evaluate`: measures a version, or None where there is no test set; `evaluate_every`: only
+    versions whose number it divides. `wall_clock`: seconds since the epoch, for records; `clock`:
+    monotonic seconds, for deadlines. `look_again`: set when another process may have added a
+    version to the store.
     """
 
     def __init__(
@@ -65,17 +69,21 @@ class Coordinator:
         round_settings: RoundSettings,
         training: ResolvedTraining,
         seed: int,
+        look_again: asyncio.Event,
         evaluate: Evaluate | None = None,
+        evaluate_every: int = 1,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._plan = plan
         self._desk = desk
+        self._look_again = look_again
         self._control = control
         self._bulk = bulk
         self._checkin_spread_s = round_settings.checkin_spread_s
         self._evaluate = evaluate
+        self._evaluate_every = evaluate_every
         self._clock = clock
 
         self._topics = Topics(population)
@@ -129,6 +137,7 @@ class Coordinator:
                     (self._keep_time(), "time"),
                     (self._finish_uploads(), "finish"),
                     (self._journal.keep(), "journal"),
+                    (self._keep_looking(), "look-again"),
                 ):
                     self._group.create_task(work, name=name)
                 self._conductor.take_up()
@@ -138,9 +147,11 @@ class Coordinator:
             await self._journal.flush()
             self._workers.close()
 
-    def look_again(self) -> None:
-        """Another process may have added a version to the store: publish it if so."""
-        self._start(self._conductor.adopt_newest(), "adopt")
+    async def _keep_looking(self) -> None:
+        while True:
+            await self._look_again.wait()
+            self._look_again.clear()
+            await _carried(self._conductor.adopt_newest(), "adopt")
 
     # ------------------------------------------------------------ reading
 
@@ -151,7 +162,8 @@ class Coordinator:
                 case LinkUp():
                     if link is self._bulk:
                         self._publisher.forget()
-                    if self._control.connected and self._bulk.connected:
+                    if self._both_are_up():
+                        self._desk.heard_again(self._clock())
                         self._to_seed.set()
                 case LinkDown():
                     continue
@@ -180,11 +192,12 @@ class Coordinator:
         match message:
             case messages.Checkin():
                 self._journal.saw(device, examples=message.examples, version=message.version)
-                self._conductor.checked_in(device, message.round)
+                self._conductor.checked_in(device, message.round, message.examples)
             case messages.Offer():
                 self._offered(device, message)
             case messages.Need():
-                self._start(self._repeat(message), f"repeat-{device}")
+                missing = ChunkSet.decode(message.missing, message.chunk_count)
+                self._start(self._repeat(message.sha256, missing), f"repeat-{device}")
             case messages.Report():
                 self._reported(device, message)
             case messages.Presence():
@@ -197,6 +210,7 @@ class Coordinator:
         except PeerError as error:
             self._conductor.reject(device, offer, error)
             return
+        self._conductor.offered(device, offer)
         self._tell_all(replies)
         self._timer_due.set()
 
@@ -223,7 +237,7 @@ class Coordinator:
             self._conductor.training_failed(device, report.round, report.detail)
 
     def _present(self, device: str, presence: messages.Presence) -> None:
-        if presence.boot < self._boots.get(device, 0):
+        if not presence.online and presence.boot < self._boots.get(device, 0):
             # The will of an earlier life: the device has started again since.
             return
         self._boots[device] = presence.boot
@@ -249,7 +263,10 @@ class Coordinator:
                 async with asyncio.timeout(delay_s):
                     await self._timer_due.wait()
             except TimeoutError:
-                self._tell_all(self._desk.expired(self._clock()))
+                if self._both_are_up():
+                    self._tell_all(self._desk.expired(self._clock()))
+                else:
+                    self._desk.heard_again(self._clock())
                 self._conductor.time_passed()
             self._timer_due.clear()
 
@@ -259,7 +276,16 @@ class Coordinator:
         while True:
             await self._to_seed.wait()
             self._to_seed.clear()
-            await self._publish()
+            try:
+                await self._publish()
+            except LinkClosed:
+                raise
+            except LinkError as error:
+                # The next connection tries again; what is wrong until then is the operator's.
+                log.error("not_published", reason=str(error))
+
+    def _both_are_up(self) -> bool:
+        return self._control.connected and self._bulk.connected
 
     async def _publish(self) -> None:
         """The newest version, then the round: the next one is opened if there is none."""
@@ -276,7 +302,8 @@ class Coordinator:
             )
             await self._conductor.open_next_round()
             await self._announce_round(self._conductor.announced_phase)
-        if self._evaluate is not None and "loss" not in version.metrics:
+        due = version.number % self._evaluate_every == 0
+        if self._evaluate is not None and due and "loss" not in version.metrics:
             self._start(self._measure(version, self._evaluate), f"measure-{version.number}")
         await self._clear_old(version)
 
@@ -304,12 +331,11 @@ class Coordinator:
             ref for ref in (old.weights, old.golden) if ref.sha256 not in kept
         )
 
-    async def _repeat(self, need: messages.Need) -> None:
+    async def _repeat(self, sha256: Digest, missing: ChunkSet) -> None:
         version = self._conductor.newest
         plan = plan_blobs(self._plan.manifest, self._plan.ref)
         for ref in (*plan, version.weights, version.golden):
-            if ref.sha256 == need.sha256 and ref.chunk_count == need.chunk_count:
-                missing = ChunkSet.decode(need.missing, need.chunk_count)
+            if ref.sha256 == sha256 and ref.chunk_count == missing.chunk_count:
                 await self._publisher.repeat(ref, missing)
 
     async def _measure(self, version: VersionRecord, evaluate: Evaluate) -> None:

@@ -43,14 +43,17 @@ async def serve(settings: Settings) -> None:
 
     Raises `ConfigError` for a configuration that does not fit the state or the task.
     """
+    # From the moment that the state is locked, other commands may send the signal.
+    look_again = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, look_again.set)
     task = await asyncio.to_thread(load_task, settings.task)
     with Store.open(settings.state_dir, create=True, serve=True) as store:
         store.bind_population(settings.population)
         plan, initial = await prepare_plan(store, task, settings)
-        coordinator = _coordinator(settings, store, task, plan, initial)
+        coordinator = _coordinator(
+            settings, store, task, plan, initial=initial, look_again=look_again
+        )
         del initial
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, coordinator.look_again)
         await coordinator.run()
 
 
@@ -122,7 +125,8 @@ async def _compile(task: str, blobs: BlobDirectory) -> tuple[Digest, Digest]:
 def fingerprint_of(task: Task) -> str:
     """A digest of everything about a task that its plan fixes, except the code of the model.
 
-    Changed code is found when a version is exported: torch and the plan then disagree.
+    A changed `forward` is found when a version is exported, since torch and the plan then disagree.
+    A changed loss or metric of the same name is not found: the plan keeps the old one.
     """
     model = task.new_model()
     facts = {
@@ -143,7 +147,13 @@ def fingerprint_of(task: Task) -> str:
 
 
 def _coordinator(
-    settings: Settings, store: Store, task: Task, plan: Plan, initial: Tensors
+    settings: Settings,
+    store: Store,
+    task: Task,
+    plan: Plan,
+    *,
+    initial: Tensors,
+    look_again: asyncio.Event,
 ) -> Coordinator:
     manifest = plan.manifest
     plan_files = (manifest.graphs.infer.sha256, manifest.golden.sha256)
@@ -160,6 +170,7 @@ def _coordinator(
         build=releaser.build,
         optimizer=server_optimizer(settings.server_optimizer, manifest.weights),
         initial=initial,
+        weighting=settings.round.weighting,
     )
     uploads = settings.uploads
     desk = UploadDesk(
@@ -168,7 +179,8 @@ def _coordinator(
         window=uploads.window,
         silence_s=uploads.silence_s,
     )
-    client = f"fedge-{settings.population}.coordinator"
+    # Dots are in no name, so no device can have this session's identifier, nor another's.
+    client = f"fedge.{settings.population}.coordinator"
     rng = random.SystemRandom()
     return Coordinator(
         population=settings.population,
@@ -182,7 +194,9 @@ def _coordinator(
         round_settings=settings.round,
         training=settings.training.over(manifest.defaults),
         seed=settings.seed,
+        look_again=look_again,
         evaluate=_evaluation(settings, store, manifest),
+        evaluate_every=1 if settings.evaluation is None else settings.evaluation.every,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedge.coordinator.aggregation import Weighting
 from fedge.coordinator.rounds import RoundPolicy, Strategy, quorum_of
 from fedge.coordinator.server_optimizer import ServerOptimizerConfig, SgdConfig
 from fedge.coordinator.uploads import SAFE_QUEUE_MESSAGES
@@ -26,7 +27,10 @@ class _Table(BaseModel):
 
 
 class RoundSettings(_Table):
-    """`[round]`: see `RoundPolicy`. `versions`: stop after this many; without it, go on."""
+    """`[round]`: see `RoundPolicy`. `versions`: stop after this many; without it, go on.
+
+    `weighting`: `examples` as in FedAvg, or `uniform`, so that no device gains weight by its claim.
+    """
 
     goal: Annotated[int, Field(ge=1, le=100_000)] = 1
     quorum: Annotated[int, Field(ge=1)] | None = None
@@ -36,6 +40,7 @@ class RoundSettings(_Table):
     retry_s: Annotated[float, Field(ge=0)] = 0.0
     checkin_spread_s: Annotated[float, Field(ge=0)] = 0.0
     strategy: Strategy = Strategy.FEDAVG
+    weighting: Weighting = Weighting.EXAMPLES
     versions: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
@@ -101,7 +106,10 @@ class UploadSettings(_Table):
 
 
 class EvaluationSettings(_Table):
-    """`[evaluation]`: a test set on the coordinator. `path`: an .npz file with `x` and `y`."""
+    """`[evaluation]`: a test set on the coordinator. `path`: an .npz file with `x` and `y`.
+
+    `every`: measure only versions whose number this divides.
+    """
 
     path: Path
     every: Annotated[int, Field(ge=1)] = 1

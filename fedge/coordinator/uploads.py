@@ -9,6 +9,7 @@ its chunks. The desk decides and writes verified chunks; it knows no topic and n
 
 from __future__ import annotations
 
+import shutil
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,9 @@ class UploadDesk:
         """
         upload = self._uploads.get(device)
         if upload is not None and upload.offer.update.sha256 != offer.update.sha256:
+            if upload.complete:
+                # It is being decided; the device offers again when it has no receipt for this one.
+                return ()
             self.drop(device)
             upload = None
         if upload is None:
@@ -105,27 +109,45 @@ class UploadDesk:
             return ((device, self._have(upload)),), None
         return (), None
 
-    def taken(self, device: str, now: float) -> Sequence[Reply]:
-        """Ends an upload whose file was moved away; its slot goes to the next in line."""
-        upload = self._uploads.pop(device, None)
-        if upload is not None:
-            upload.part.close()
+    def taken(self, upload: Upload, now: float) -> Sequence[Reply]:
+        """Ends an upload that was decided; its slot goes to the next in line."""
+        if self._uploads.get(upload.device) is upload:
+            del self._uploads[upload.device]
+        upload.part.close()
         return self._fill_slots(now)
 
-    def drop(self, device: str) -> None:
-        """Discards a device's upload and what is here of it, unless it is complete.
+    def drop(self, device: str) -> Offer | None:
+        """Discards a device's upload and what is here of it; returns what was offered.
 
-        A complete upload is in somebody's hands until `taken`.
+        None if there is none, or if it is complete: then it is in somebody's hands until `taken`.
         """
         upload = self._uploads.get(device)
-        if upload is not None and not upload.complete:
-            del self._uploads[device]
-            upload.part.discard()
+        if upload is None or upload.complete:
+            return None
+        del self._uploads[device]
+        upload.part.discard()
+        return upload.offer
 
-    def drop_all(self) -> None:
-        """Discards every upload: their round is over."""
-        for device in list(self._uploads):
-            self.drop(device)
+    def drop_all(self) -> list[tuple[str, Offer]]:
+        """Discards every upload, since their round is over; returns what was offered."""
+        dropped = [(device, self.drop(device)) for device in list(self._uploads)]
+        return [(device, offer) for device, offer in dropped if offer is not None]
+
+    def heard_again(self, now: float) -> None:
+        """The link was down: nobody was silent meanwhile."""
+        for upload in self._uploads.values():
+            upload.silent_since = now
+
+    def clear(self, round_number: int) -> None:
+        """Removes the files of a round whose version is stored, or that was abandoned."""
+        shutil.rmtree(self.folder / str(round_number), ignore_errors=True)
+
+    def keep_only(self, round_number: int | None) -> None:
+        """Removes the files of every other round: what an earlier process left."""
+        if self.folder.is_dir():
+            for folder in self.folder.iterdir():
+                if folder.name != str(round_number):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def expired(self, now: float) -> Sequence[Reply]:
         """Takes slots from devices that went silent and gives them to those that wait."""

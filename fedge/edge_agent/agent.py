@@ -22,12 +22,19 @@ from fedge.edge_agent.engines import EngineName
 from fedge.edge_agent.library import Library
 from fedge.edge_agent.settings import Settings
 from fedge.edge_agent.state import AgentState
-from fedge.edge_agent.trainer.jobs import CountJob, Trained, TrainJob
+from fedge.edge_agent.trainer.jobs import CountJob, Progressed, Trained, TrainJob
 from fedge.edge_agent.trainer.process import Trainer
 from fedge.edge_agent.training_settings import TrainingSettings
 from fedge.edge_agent.upload import Uploads
 from fedge.schemas import messages, topics
-from fedge.schemas.errors import FedgeError, LinkClosed, LinkError, PeerError
+from fedge.schemas.errors import (
+    FedgeError,
+    LinkClosed,
+    LinkError,
+    PeerError,
+    StoreError,
+    TrainingFailed,
+)
 from fedge.schemas.ids import new_message_id
 from fedge.schemas.link.protocol import Delivery, Link, LinkDown, LinkUp, Will
 from fedge.schemas.logs import EventLog
@@ -70,9 +77,10 @@ class EdgeAgent:
         self._outbox: dict[int, Offer] = self._memory.outbox()
         self._held = self._memory.announcement()
 
-        prefix = f"fedge-{settings.population}-{settings.device}"
-        self._control = settings.broker.link(prefix, rng, will=self._will())
-        self._bulk = settings.broker.link(f"{prefix}-bulk", rng)
+        # Dots are in no name, so no two sessions of a broker can have one identifier.
+        prefix = f"fedge.{settings.population}.device.{settings.device}"
+        self._control = settings.broker.link(f"{prefix}.control", rng, will=self._will())
+        self._bulk = settings.broker.link(f"{prefix}.bulk", rng)
         self._downloads = Downloads(self._bulk, self._topics, self._library.blobs, self._send)
         self._uploads = Uploads(self._bulk, self._topics, self._device)
 
@@ -251,9 +259,14 @@ class EdgeAgent:
         if self._data is None:
             self._feed(machine.Counted(0))
             return
-        counted = await self._trainer.run(CountJob(data=self._data))
-        log.info("examples_counted", device=self._device, examples=counted.examples)
-        self._feed(machine.Counted(counted.examples))
+        try:
+            examples = (await self._trainer.run(CountJob(data=self._data))).examples
+        except (StoreError, TrainingFailed) as error:
+            # Without its examples the device can still follow the versions and predict.
+            log.error("examples_not_counted", device=self._device, reason=str(error))
+            examples = 0
+        log.info("examples_counted", device=self._device, examples=examples)
+        self._feed(machine.Counted(examples))
 
     async def _check_in(self, number: int, spread_s: float) -> None:
         if spread_s > 0:
@@ -277,6 +290,7 @@ class EdgeAgent:
             manifest = self._library.manifest(version.plan)
             await self._downloads.fetch(self._library.needed(version, manifest))
         except FedgeError as error:
+            self._feed(machine.FetchFailed(version.number, str(error)))
             await self._report_activation_failed(version, error)
             return
         before, self._held = self._held, version
@@ -348,7 +362,8 @@ class EdgeAgent:
     async def _train_and_keep(self, assignment: Assignment) -> None:
         number = assignment.round
         try:
-            trained = await self._trainer.run(self._job(assignment))
+            async with asyncio.timeout(assignment.deadline_s):
+                trained = await self._trainer.run(self._job(assignment), self._log_progress)
             offer = Offer(
                 round=number,
                 base=assignment.base,
@@ -360,9 +375,10 @@ class EdgeAgent:
                 metrics=trained.metrics,
             )
             self._memory.put_in_outbox(offer)
-        except FedgeError as error:
-            log.warning("training_failed", device=self._device, round=number, reason=str(error))
-            self._feed(machine.TrainingStopped(number, str(error)))
+        except (FedgeError, TimeoutError) as error:
+            reason = str(error) or f"not done by the deadline, {assignment.deadline_s:.0f} s"
+            log.warning("training_failed", device=self._device, round=number, reason=reason)
+            self._feed(machine.TrainingStopped(number, reason))
             return
         self._outbox[number] = offer
         self._log_trained(number, trained)
@@ -372,6 +388,9 @@ class EdgeAgent:
         # The machine trains from a version that is held, and only a device with data checks in.
         if self._held is None or self._data is None:
             raise RuntimeError("an assignment without a version or without data")
+        wanted = (assignment.base, assignment.plan_sha256)
+        if (self._held.number, self._held.plan.sha256) != wanted:
+            raise TrainingFailed(f"version {assignment.base} of the assignment's plan is not here")
         path = self._library.blobs.path
         manifest = self._library.manifest(self._held.plan)
         return TrainJob(
@@ -383,6 +402,18 @@ class EdgeAgent:
             output=self._update_path(assignment.round),
             engine=self._engine,
             threads=self._threads,
+            # As the coordinator cuts its own blobs: what its broker is known to carry.
+            chunk_bytes=self._held.weights.chunk_bytes,
+        )
+
+    def _log_progress(self, progress: Progressed) -> None:
+        log.info(
+            "training",
+            device=self._device,
+            epoch=progress.epoch + 1,
+            step=progress.step,
+            steps=progress.steps,
+            loss=progress.loss,
         )
 
     def _log_trained(self, number: int, trained: Trained) -> None:

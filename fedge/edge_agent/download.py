@@ -55,7 +55,9 @@ class Downloads:
     async def fetch(self, refs: Iterable[BlobRef]) -> None:
         """Returns when every blob is in the directory, verified. Cancel it to give up.
 
-        Raises `StoreError` if the disk refuses; whatever the network does only makes it wait.
+        Raises `StoreError` if the disk refuses, and `PeerError` (digest_mismatch) for a reference
+        whose chunks are right and whose whole is not: nothing can be fetched by that. Whatever the
+        network does only makes it wait.
         """
         for ref in refs:
             async with self._turn:
@@ -77,21 +79,21 @@ class Downloads:
             self._progress.set()
 
     async def _fetch_one(self, ref: BlobRef) -> None:
-        while True:
-            partial = self._blobs.open_partial(ref)
-            self._current = partial
+        partial = self._blobs.open_partial(ref)
+        self._current = partial
+        try:
+            await self._fetch_chunks(ref, partial)
+            # Hashing and fsync of megabytes: off the event loop, so that it keeps answering.
+            committing = asyncio.ensure_future(asyncio.to_thread(partial.commit))
             try:
-                await self._fetch_chunks(ref, partial)
-                # Hashing and fsync of megabytes: off the event loop, so that it keeps answering.
-                await asyncio.to_thread(partial.commit)
-            except PeerError as error:
-                # Every chunk had its digest and the whole has not: begin again from nothing.
-                log.warning("blob_refused", sha256=ref.sha256[:12], reason=error.reason.value)
-                continue
-            finally:
-                self._current = None
-                partial.close()
-            return
+                await asyncio.shield(committing)
+            except asyncio.CancelledError:
+                # The thread goes on; the file must stay open until it is done.
+                await asyncio.wait([committing])
+                raise
+        finally:
+            self._current = None
+            partial.close()
 
     async def _fetch_chunks(self, ref: BlobRef, partial: PartialBlob) -> None:
         receiver = partial.receiver
@@ -108,11 +110,11 @@ class Downloads:
                     if fresh:
                         subscribed.update(fresh)
                         await self._link.subscribe(*self._names(ref, fresh))
-                await self._wait_for_progress(ref, receiver.held)
+                await self._wait_for_progress(ref, receiver.held, subscribed)
         finally:
             await self._unsubscribe(ref, subscribed)
 
-    async def _wait_for_progress(self, ref: BlobRef, held: ChunkSet) -> None:
+    async def _wait_for_progress(self, ref: BlobRef, held: ChunkSet, asked: set[int]) -> None:
         if held.complete:
             return
         try:
@@ -123,7 +125,7 @@ class Downloads:
                 log.info(
                     "chunks_missing", sha256=ref.sha256[:12], held=len(held), of=ref.chunk_count
                 )
-                missing = ChunkSet(ref.chunk_count, held.missing())
+                missing = ChunkSet(ref.chunk_count, (i for i in asked if i not in held))
                 await self._ask(
                     Need(sha256=ref.sha256, missing=missing.encode(), chunk_count=ref.chunk_count)
                 )

@@ -9,11 +9,16 @@ from __future__ import annotations
 import asyncio
 import random
 
+from pydantic import TypeAdapter, ValidationError
+
 from fedge.edge_agent.agent import EdgeAgent
 from fedge.edge_agent.data.config import PartitionConfig
 from fedge.edge_agent.settings import Settings
 from fedge.edge_agent.trainer.process import Trainer
 from fedge.schemas.errors import ConfigError
+from fedge.schemas.ids import DeviceName
+
+_DEVICE_NAME: TypeAdapter[str] = TypeAdapter(DeviceName)
 
 
 def virtual_devices(settings: Settings, count: int, split: str, seed: int) -> list[Settings]:
@@ -29,6 +34,12 @@ def virtual_devices(settings: Settings, count: int, split: str, seed: int) -> li
     for index in range(count):
         name = f"{settings.device}-{index:04d}"
         partition = PartitionConfig(scheme=split, index=index, of=count, seed=seed)
+        try:
+            _DEVICE_NAME.validate_python(name)
+        except ValidationError as error:
+            raise ConfigError(
+                f"{name!r} is too long a name: shorten device"
+            ) from error
         devices.append(
             settings.model_copy(
                 update={

@@ -112,6 +112,14 @@ class Fetched:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchFailed:
+    """A version cannot be had: its announcement or this device's disk is broken."""
+
+    version: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Activated:
     """The version's ONNX file passed its checks and is in use."""
 
@@ -173,6 +181,7 @@ Event = (
     | VersionSeen
     | RoundSeen
     | Fetched
+    | FetchFailed
     | Activated
     | Assigned
     | Deferred
@@ -282,6 +291,8 @@ def step(state: Agent, event: Event) -> Step:  # noqa: PLR0911, PLR0912 -- one f
             return _round_seen(state, announcement)
         case Fetched(version):
             return _fetched(state, version)
+        case FetchFailed(version, reason):
+            return _fetch_failed(state, version, reason)
         case Activated(version):
             return replace(state, active=version), ()
         case Assigned(assignment):
@@ -382,6 +393,17 @@ def _fetched(state: Agent, version: int) -> Step:
     if state.announced is not None and state.announced.number == version != state.active:
         commands.append(Activate(state.announced))
     return state, commands
+
+
+def _fetch_failed(state: Agent, version: int, reason: str) -> Step:
+    if state.announced is not None and state.announced.number == version:
+        # Announced again, it is tried again.
+        state = replace(state, announced=None)
+    work = state.work
+    if work is None or work.stage is not Stage.WAITING or work.assignment.base != version:
+        return state, ()
+    number = work.assignment.round
+    return replace(state, work=None), (SayTrainingFailed(number, reason),)
 
 
 def _assigned(state: Agent, assignment: Assignment) -> Step:

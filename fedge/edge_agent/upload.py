@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedge.schemas.blobs import BlobRef, BlobSender, ChunkSet
-from fedge.schemas.errors import PeerError
+from fedge.schemas.errors import LinkClosed, LinkError, PeerError
 from fedge.schemas.link.protocol import Link
 from fedge.schemas.logs import EventLog
 from fedge.schemas.messages import Grant, Have
@@ -35,7 +35,6 @@ class Uploads:
         self._topics = topics
         self._device = device
         self._transfers: dict[str, _Transfer] = {}
-        self.sent_bytes = 0
 
     def granted(self, grant: Grant, update: BlobRef, path: Path) -> None:
         """Starts or restarts sending the update in `path` from what the coordinator has.
@@ -46,7 +45,7 @@ class Uploads:
         if held is None:
             return
         transfer = self._transfers.get(update.sha256)
-        if transfer is None:
+        if transfer is None or transfer.task.done():
             sender = BlobSender(update, lambda index: read_chunk(path, update, index))
             wake = asyncio.Event()
             task = asyncio.create_task(
@@ -80,14 +79,18 @@ class Uploads:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _send(self, sender: BlobSender, wake: asyncio.Event) -> None:
-        while not sender.complete:
-            await wake.wait()
-            wake.clear()
-            for index, payload in sender.take():
-                await self._link.publish(
-                    self._topics.upload_chunk(self._device, sender.ref.sha256, index), payload
-                )
-                self.sent_bytes += len(payload)
+        try:
+            while not sender.complete:
+                await wake.wait()
+                wake.clear()
+                for index, payload in sender.take():
+                    topic = self._topics.upload_chunk(self._device, sender.ref.sha256, index)
+                    await self._link.publish(topic, payload)
+        except LinkClosed:
+            return
+        except (LinkError, OSError) as error:
+            # The next grant begins anew; until then the update waits in the outbox.
+            log.error("upload_failed", device=self._device, reason=str(error))
 
     def _held(self, text: str, update: BlobRef) -> ChunkSet | None:
         try:

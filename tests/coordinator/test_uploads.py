@@ -52,7 +52,7 @@ def test_no_more_devices_send_than_there_are_slots_and_the_line_is_in_order(tmp_
     finished = send(desk, "b", data["b"], 0)
     assert finished is not None
     finished.part.commit()
-    assert granted(desk.taken("b", 0.0)) == ["c"]
+    assert granted(desk.taken(finished, 0.0)) == ["c"]
 
 
 def test_a_repeated_offer_is_answered_from_where_the_device_stands(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_silent_device_loses_its_slot_and_not_its_chunks(tmp_path: Path) -> No
         finished = send(desk, "b", data["b"], index, now=16.0)
     assert finished is not None
     finished.part.commit()
-    ((_, grant),) = desk.taken("b", 16.0)
+    ((_, grant),) = desk.taken(finished, 16.0)
     assert isinstance(grant, Grant)
     assert ChunkSet.decode(grant.held, 2) == ChunkSet(2, [0])
 
@@ -120,6 +120,36 @@ def test_another_update_of_the_same_device_replaces_the_first(tmp_path: Path) ->
     send(desk, "a", second, 0)
     assert send(desk, "a", second, 1) is not None
     assert len(desk) == 1
+
+
+def test_an_update_that_is_being_decided_is_not_replaced_by_another(tmp_path: Path) -> None:
+    desk = UploadDesk(tmp_path, slots=1, window=4)
+    first, second = data_of("first", 1), data_of("second", 1)
+    desk.offered("a", offer_of(first), 0.0)
+    finished = send(desk, "a", first, 0)
+    assert finished is not None
+    assert desk.offered("a", offer_of(second), 0.0) == ()
+    assert desk.drop("a") is None
+    assert finished.part.commit().read_bytes() == first
+    desk.taken(finished, 0.0)
+    assert granted(desk.offered("a", offer_of(second), 0.0)) == ["a"]
+
+
+def test_a_dropped_upload_is_named_so_that_its_device_can_be_told(tmp_path: Path) -> None:
+    desk = UploadDesk(tmp_path, slots=1, window=4)
+    offers = {name: offer_of(data_of(name, 2)) for name in "ab"}
+    for name, offer in offers.items():
+        desk.offered(name, offer, 0.0)
+    assert desk.drop_all() == list(offers.items())
+    assert len(desk) == 0
+
+
+def test_files_of_other_rounds_are_removed_at_the_start(tmp_path: Path) -> None:
+    desk = UploadDesk(tmp_path, slots=2, window=4)
+    desk.offered("a", offer_of(data_of("a", 2), round_number=1), 0.0)
+    desk.offered("b", offer_of(data_of("b", 2), round_number=2), 0.0)
+    UploadDesk(tmp_path, slots=2, window=4).keep_only(2)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["2"]
 
 
 def test_a_chunk_of_nothing_that_was_offered_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
@@ -213,5 +243,5 @@ def test_every_update_arrives_whole_within_the_credit_whatever_is_lost(
         if finished is not None:
             arrived[name] = finished.part.commit().read_bytes()
             flying[:] = [chunk for chunk in flying if chunk[0] != name]
-            hear(desk.taken(name, now))
+            hear(desk.taken(finished, now))
     assert arrived == data

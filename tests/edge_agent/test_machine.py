@@ -22,6 +22,7 @@ from fedge.edge_agent.machine import (
     Event,
     Fetch,
     Fetched,
+    FetchFailed,
     Forget,
     Receipted,
     Rest,
@@ -176,6 +177,13 @@ def test_training_waits_for_its_base() -> None:
     device.feed(VersionSeen(version(1)))
     commands = device.feed(Fetched(1))
     assert commands == [Train(device.state.work.assignment), Activate(device.state.announced)]
+
+
+def test_a_version_that_cannot_be_had_is_reported_and_tried_again_when_announced_again() -> None:
+    device = ready(0)
+    device.feed(RoundSeen(announced(2)), VersionSeen(version(1)), Assigned(assignment(2)))
+    assert device.feed(FetchFailed(1, "broken")) == [SayTrainingFailed(2, "broken")]
+    assert device.feed(VersionSeen(version(1))) == [Fetch(device.state.announced)]
 
 
 def test_an_assignment_from_a_version_that_was_replaced_is_ignored() -> None:

@@ -66,7 +66,8 @@ class StateLock:
                 try:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    return int(file.read())
+                    # Empty for the moment between locking and writing.
+                    return int(file.read() or 0) or None
         except FileNotFoundError:
             return None
         return None

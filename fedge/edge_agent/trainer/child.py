@@ -97,7 +97,7 @@ class Worker:
         update = encode_tensors(result.delta)
         replace_file(job.output, update)
         return Trained(
-            update=describe(update),
+            update=describe(update, job.chunk_bytes),
             examples=result.examples,
             steps=result.steps,
             loss=result.loss,

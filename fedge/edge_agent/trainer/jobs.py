@@ -17,7 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.engines import EngineName
 from fedge.edge_agent.training_settings import TrainingSettings
-from fedge.schemas.blobs import BlobRef
+from fedge.schemas.blobs import (
+    DEFAULT_CHUNK_BYTES,
+    MAX_CHUNK_BYTES,
+    MIN_CHUNK_BYTES,
+    BlobRef,
+)
 from fedge.schemas.errors import (
     ConfigError,
     FedgeError,
@@ -195,6 +200,7 @@ class TrainJob(_Line):
     output: Path
     engine: EngineName = EngineName.AUTO
     threads: Annotated[int, Field(ge=1, le=256)] = 1
+    chunk_bytes: Annotated[int, Field(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)] = DEFAULT_CHUNK_BYTES
 
     @property
     def answer_type(self) -> type[Trained]:
