@@ -37,9 +37,7 @@ def virtual_devices(settings: Settings, count: int, split: str, seed: int) -> li
         try:
             _DEVICE_NAME.validate_python(name)
         except ValidationError as error:
-            raise ConfigError(
-                f"{name!r} is too long a name: shorten device"
-            ) from error
+            raise ConfigError(f"{name!r} is too long a name: shorten device") from error
         devices.append(
             settings.model_copy(
                 update={
