@@ -17,9 +17,10 @@ import numpy as np
 from fedge.coordinator import rounds
 from fedge.coordinator.intake import Intake, OpenRound, contribution_of, rejected_receipt
 from fedge.coordinator.journal import Journal
+from fedge.coordinator.recovery import last_visited, resumed_round
 from fedge.coordinator.rounds import Phase, Round
 from fedge.coordinator.settings import ResolvedTraining, RoundSettings
-from fedge.coordinator.store import ParticipantStatus, RoundRecord, Store, VersionRecord
+from fedge.coordinator.store import RoundRecord, Store, VersionRecord
 from fedge.coordinator.uploads import Reply, Upload, UploadDesk
 from fedge.coordinator.version_maker import VersionMaker
 from fedge.coordinator.workers import Workers
@@ -262,21 +263,11 @@ class Conductor:
         self._store.blobs.sweep()
 
     def _resume(self, record: RoundRecord) -> None:
-        participants = self._store.participants(record.number)
-        failed = (ParticipantStatus.REJECTED, ParticipantStatus.FAILED)
-        training = record.phase is RoundPhase.TRAINING
-        until = record.train_until if training else record.gather_until
-        self._round = Round(
-            number=record.number,
-            base=record.base,
-            seed=record.seed,
-            until=self._around.clock() + max(0.0, (until or 0.0) - self._around.wall_clock()),
-            phase=Phase.TRAINING if training else Phase.GATHERING,
-            cohort=frozenset(p.device for p in participants),
-            accepted=frozenset(
-                p.device for p in participants if p.status is ParticipantStatus.ACCEPTED
-            ),
-            failed=frozenset(p.device for p in participants if p.status in failed),
+        self._round = resumed_round(
+            self._store,
+            record,
+            now=self._around.clock(),
+            wall_now=self._around.wall_clock(),
             previous=self._last_visited(record.number),
         )
         log.info(
@@ -333,12 +324,8 @@ class Conductor:
         log.info("round_gathering", round=number, base=state.base)
 
     def _last_visited(self, number: int) -> str | None:
-        """The device that the last cyclic round before `number` asked."""
-        if self._policy.strategy is rounds.Strategy.CYCLIC:
-            for earlier in range(number - 1, 0, -1):
-                for participant in self._store.participants(earlier):
-                    return participant.device
-        return None
+        cyclic = self._policy.strategy is rounds.Strategy.CYCLIC
+        return last_visited(self._store, number) if cyclic else None
 
     # ------------------------------------------------------------ carrying out
 

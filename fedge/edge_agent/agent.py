@@ -16,6 +16,7 @@ from typing import Any
 
 from fedge import __version__
 from fedge.edge_agent import machine
+from fedge.edge_agent.activator import Activator
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.download import Downloads
 from fedge.edge_agent.engines import EngineName
@@ -45,12 +46,6 @@ log = EventLog(__name__)
 
 OFFER_AGAIN_S = 30.0
 """An offer that has no receipt after so long is said again: brokers drop what they acknowledged."""
-
-ACTIVATION_GRACE_S = 2.0
-"""A version is put into use when no newer one has come for so long: in a quick series of rounds a
-device has better things to do than to check versions that nobody will ask."""
-ACTIVATION_LATEST_S = 20.0
-"""And at the latest so long after the first that waits."""
 
 
 class EdgeAgent:
@@ -88,10 +83,7 @@ class EdgeAgent:
         self._fetching: asyncio.Task[None] | None = None
         self._training: asyncio.Task[None] | None = None
         self._resting: asyncio.Task[None] | None = None
-        self._activation_due = asyncio.Event()
-        self._not_training = asyncio.Event()
-        self._not_training.set()
-        self._to_activate: VersionAnnouncement | None = None
+        self._activator = Activator(self._activate)
         self._group: asyncio.TaskGroup
 
     async def run(self) -> None:
@@ -106,7 +98,7 @@ class EdgeAgent:
                 for work, name in (
                     (self._read(self._control), "read-control"),
                     (self._read(self._bulk), "read-bulk"),
-                    (self._keep_active(), "activate"),
+                    (self._activator.run(), "activate"),
                     (self._keep_offering(), "offer"),
                 ):
                     self._group.create_task(work, name=f"{name}-{self._device}")
@@ -223,8 +215,7 @@ class EdgeAgent:
                 self._cancel(self._fetching)
                 self._fetching = self._start(self._fetch(version), f"fetch-{version.number}")
             case machine.Activate(version):
-                self._to_activate = version
-                self._activation_due.set()
+                self._activator.wanted(version)
             case machine.CheckIn(number, spread_s):
                 self._start(self._check_in(number, spread_s), f"checkin-{number}")
             case machine.Rest(after_s):
@@ -304,26 +295,9 @@ class EdgeAgent:
         self._feed(machine.Fetched(version.number))
         self._library.forget_all_but([version] if before is None else [before, version])
 
-    async def _keep_active(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._activation_due.wait()
-            latest = loop.time() + ACTIVATION_LATEST_S
-            while self._activation_due.is_set() and loop.time() < latest:
-                self._activation_due.clear()
-                try:
-                    async with asyncio.timeout(min(ACTIVATION_GRACE_S, latest - loop.time())):
-                        await self._activation_due.wait()
-                except TimeoutError:
-                    break
-            self._activation_due.clear()
-            # The trainer does one job at a time, and the coordinator waits for the training.
-            await self._not_training.wait()
-            version = self._to_activate
-            if version is not None and version.number != self._state.active:
-                await self._activate(version)
-
     async def _activate(self, version: VersionAnnouncement) -> None:
+        if version.number == self._state.active:
+            return
         try:
             activated = await self._trainer.run(self._library.activation_of(version))
             self._library.activate(version)
@@ -353,11 +327,11 @@ class EdgeAgent:
     # ------------------------------------------------------------ training and its update
 
     async def _train(self, assignment: Assignment) -> None:
-        self._not_training.clear()
+        self._activator.training(under_way=True)
         try:
             await self._train_and_keep(assignment)
         finally:
-            self._not_training.set()
+            self._activator.training(under_way=False)
 
     async def _train_and_keep(self, assignment: Assignment) -> None:
         number = assignment.round

@@ -58,21 +58,6 @@ class BlobDirectory:
                 file.flush()
                 settle(file.fileno(), temporary, self.path(digest))
 
-    def put_file(self, source: Path) -> Digest:
-        """Keeps a copy of the file at `source` and returns its digest; memory use is constant."""
-        hasher = hashlib.sha256()
-        with (
-            _disk(f"copy {source} to the blobs"),
-            source.open("rb") as stream,
-            self._temporary() as (file, temporary),
-        ):
-            while block := stream.read(_READ_BYTES):
-                hasher.update(block)
-                file.write(block)
-            file.flush()
-            settle(file.fileno(), temporary, self.path(hasher.hexdigest()))
-        return hasher.hexdigest()
-
     def read(self, digest: Digest) -> bytes:
         """The blob's bytes. Raises `StoreError` if it is not there or no longer what it was."""
         with _disk(f"read the blob {digest}"):
@@ -93,14 +78,6 @@ class BlobDirectory:
     def digests(self) -> Iterator[Digest]:
         """The blobs that are there in full, in no particular order."""
         return (path.name for path in self._whole_files())
-
-    def total_bytes(self) -> int:
-        """The bytes of all whole blobs."""
-        total = 0
-        for path in self._whole_files():
-            with contextlib.suppress(FileNotFoundError):
-                total += path.stat().st_size
-        return total
 
     def sweep(self) -> None:
         """Removes temporary files that a crash left. For the start, before anybody writes."""

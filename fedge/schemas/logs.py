@@ -23,10 +23,6 @@ class EventLog:
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(name)
 
-    def debug(self, event: str, **fields: Field) -> None:
-        """What only someone who looks for it wants to see."""
-        self._log(logging.DEBUG, event, fields)
-
     def info(self, event: str, **fields: Field) -> None:
         """What an operator reads when all is well."""
         self._log(logging.INFO, event, fields)

@@ -49,21 +49,11 @@ def test_what_is_put_is_read_back_under_its_digest(blobs):
     assert names_in(blobs) == {REF.sha256}
 
 
-def test_a_file_is_copied_in_under_its_digest(blobs, tmp_path):
-    source = tmp_path / "source"
-    source.write_bytes(DATA)
-    assert blobs.put_file(source) == REF.sha256
-    assert blobs.read(REF.sha256) == DATA
-    assert source.exists()
-    assert names_in(blobs) == {REF.sha256}
-
-
-def test_blobs_are_listed_and_counted_without_what_is_unfinished(blobs):
+def test_blobs_are_listed_without_what_is_unfinished(blobs):
     blobs.put(DATA)
     blobs.put(b"other")
     with blobs.open_partial(describe(b"arriving", CHUNK)):
         assert set(blobs.digests()) == {REF.sha256, sha256(b"other")}
-        assert blobs.total_bytes() == len(DATA) + len(b"other")
 
 
 def test_deleting_removes_the_blob_and_what_has_arrived_of_it_and_may_be_repeated(blobs):

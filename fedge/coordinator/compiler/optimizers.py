@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import assert_never
 
-import torch
 from torch import Tensor
 
 from fedge.coordinator.task import SGD, Adam
@@ -116,12 +115,3 @@ def _like(kind: str, name: str, tensor: Tensor) -> StateSpec:
 
 def _scalar(name: str) -> StateSpec:
     return StateSpec(tensor=TensorSpec(name=name, dtype="float32", shape=()))
-
-
-def zero_state(optimizer: SGD | Adam, parameters: Mapping[str, Tensor]) -> Named:
-    """The tensors of `initial_state`, in the dtype of the parameters."""
-    dtype = next(iter(parameters.values())).dtype
-    return {
-        spec.tensor.name: torch.full(spec.tensor.shape, spec.fill, dtype=dtype)
-        for spec in initial_state(optimizer, parameters)
-    }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedge.coordinator.compiler.optimizers import apply_gradients, initial_state, zero_state
+from fedge.coordinator.compiler.optimizers import apply_gradients, initial_state
 from fedge.coordinator.task import SGD, Adam
 from fedge.schemas.errors import ConfigError
 
@@ -18,6 +18,17 @@ RULES = [
     Adam(),
     Adam(betas=(0.5, 0.9), eps=1e-3, weight_decay=0.1),
 ]
+
+
+def zero_state(
+    optimizer: SGD | Adam, parameters: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of `initial_state`, in the dtype of the parameters."""
+    dtype = next(iter(parameters.values())).dtype
+    return {
+        spec.tensor.name: torch.full(spec.tensor.shape, spec.fill, dtype=dtype)
+        for spec in initial_state(optimizer, parameters)
+    }
 
 
 def torch_optimizer(rule: SGD | Adam, parameters: list[Tensor]) -> torch.optim.Optimizer:
