@@ -114,8 +114,18 @@ class EdgeAgent:
             self._memory.close()
 
     def _recover(self) -> None:
-        active = self._library.active()
-        held = self._held if self._held is not None and self._library.holds(self._held) else None
+        # What is damaged is treated as absent: it is fetched or made again.
+        try:
+            active = self._library.active()
+        except StoreError as error:
+            log.error("active_version_lost", device=self._device, reason=str(error))
+            active = None
+        try:
+            held = self._held if self._held and self._library.holds(self._held) else None
+        except FedgeError as error:
+            log.error("version_lost", device=self._device, reason=str(error))
+            held = None
+        self._held = held
         self._state = machine.Agent(
             announced=held,
             held=None if held is None else held.number,
