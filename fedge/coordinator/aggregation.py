@@ -20,6 +20,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fedge.schemas.errors import PeerError, RejectReason
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensor_spec import TensorSpec
 from fedge.schemas.tensors import Array, check_finite, stream_tensors
@@ -124,14 +125,22 @@ def aggregate(
     return _fold(updates, specs, aggregator)
 
 
-def validate_update(path: Path, manifest: PlanManifest) -> None:
+def validate_update(path: Path, manifest: PlanManifest, max_norm: float = math.inf) -> None:
     """Returns if the file at `path` is a client update of the plan, finite in every number.
 
-    Raises `PeerError`: oversized, truncated, malformed, wrong_tensors, wrong_dtype, wrong_shape or
-    not_finite, the first that is found; `StoreError` if the file cannot be read.
+    `max_norm`: L2, of all differences together, in weight units: one device with finite and
+    absurd numbers would otherwise decide the mean.
+
+    Raises `PeerError`: oversized, truncated, malformed, wrong_tensors, wrong_dtype, wrong_shape,
+    not_finite or norm_too_large, the first that is found; `StoreError` if the file cannot be read.
     """
+    square = 0.0
     for name, tensor in stream_tensors(path, manifest.update_specs):
         check_finite({name: tensor})
+        square += _sum_of_squares(tensor)
+    norm = math.sqrt(square)
+    if norm > max_norm:
+        raise PeerError(RejectReason.NORM_TOO_LARGE, f"L2 norm {norm:.4g}, at most {max_norm:.4g}")
 
 
 def _fold(
@@ -149,3 +158,13 @@ def _add_scaled(total: npt.NDArray[np.float64], tensor: Array, weight: float) ->
     for start in range(0, flat_total.size, BLOCK_ELEMENTS):
         block = slice(start, start + BLOCK_ELEMENTS)
         flat_total[block] += weight * flat_tensor[block].astype(np.float64)
+
+
+def _sum_of_squares(tensor: Array) -> float:
+    # In float64, since the square of a finite float32 may be infinite; by blocks, as above.
+    flat = tensor.reshape(-1)
+    total = 0.0
+    for start in range(0, flat.size, BLOCK_ELEMENTS):
+        block = flat[start : start + BLOCK_ELEMENTS].astype(np.float64)
+        total += float(block @ block)
+    return total

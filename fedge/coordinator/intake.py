@@ -38,7 +38,7 @@ class OpenRound:
 class Intake:
     """Offers and updates of the present round.
 
-    `wall_clock`: seconds since the epoch, for the records.
+    `max_update_norm`: L2, in weight units. `wall_clock`: seconds since the epoch, for the records.
     """
 
     def __init__(
@@ -46,12 +46,15 @@ class Intake:
         store: Store,
         manifest: PlanManifest,
         desk: UploadDesk,
+        *,
+        max_update_norm: float,
         wall_clock: Callable[[], float],
     ) -> None:
         self._store = store
         self._manifest = manifest
         self._desk = desk
         self._wall_clock = wall_clock
+        self._max_update_norm = max_update_norm
         self._limit_bytes = encoded_limit_bytes(manifest.update_specs)
 
     def offered(
@@ -75,7 +78,7 @@ class Intake:
         offer = upload.offer
         path = upload.part.commit()
         try:
-            validate_update(path, self._manifest)
+            validate_update(path, self._manifest, self._max_update_norm)
             self._store.record_accepted(
                 offer.round, upload.device, contribution_of(offer), at=self._wall_clock()
             )

@@ -89,7 +89,13 @@ class Coordinator:
         self._topics = Topics(population)
         self._workers = Workers()
         self._publisher = Publisher(control, bulk, self._topics, store.blobs)
-        self._intake = Intake(store, plan.manifest, desk, wall_clock)
+        self._intake = Intake(
+            store,
+            plan.manifest,
+            desk,
+            max_update_norm=round_settings.max_update_norm,
+            wall_clock=wall_clock,
+        )
         self._journal = Journal(store, self._workers, wall_clock)
         self._boots: dict[str, int] = {}
         self._online: set[str] = set()

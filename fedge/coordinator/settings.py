@@ -29,6 +29,8 @@ class _Table(BaseModel):
 class RoundSettings(_Table):
     """`[round]`: see `RoundPolicy`. `versions`: stop after this many; without it, go on.
 
+    `max_update_norm`: L2 in weight units; a larger update is refused. The default only stops
+    absurd numbers: set it near what honest devices send.
     `weighting`: `examples` as in FedAvg, or `uniform`, so that no device gains weight by its claim.
     """
 
@@ -42,6 +44,7 @@ class RoundSettings(_Table):
     strategy: Strategy = Strategy.FEDAVG
     weighting: Weighting = Weighting.EXAMPLES
     versions: Annotated[int, Field(ge=1)] | None = None
+    max_update_norm: Annotated[float, Field(gt=0)] = 1e4
 
     @model_validator(mode="after")
     def _quorum_within_goal(self) -> RoundSettings:

@@ -44,6 +44,8 @@ class RejectReason(StrEnum):
     WRONG_DTYPE = "wrong_dtype"
     NOT_FINITE = "not_finite"
     """NaN or infinity."""
+    NORM_TOO_LARGE = "norm_too_large"
+    """Further from the base than the operator believes of any honest device."""
     NOT_IN_COHORT = "not_in_cohort"
     STALE_ROUND = "stale_round"
     """The round closed before, or is not open yet."""

@@ -38,6 +38,7 @@ BAD_UPDATES = {
     RejectReason.WRONG_SHAPE: encode_tensors(GOOD | {"0.bias": np.zeros(9, np.float32)}),
     RejectReason.WRONG_DTYPE: encode_tensors(GOOD | {"0.bias": np.zeros(8, np.float64)}),
     RejectReason.NOT_FINITE: encode_tensors(GOOD | {"2.bias": np.array([0, np.nan, 0], "f4")}),
+    RejectReason.NORM_TOO_LARGE: encode_tensors(GOOD | {"2.bias": np.full(3, 3e38, "f4")}),
     RejectReason.WRONG_TENSORS: encode_tensors(without("2.bias")),
     RejectReason.TRUNCATED: encode_tensors(GOOD)[:-7],
     RejectReason.MALFORMED: b"\x10\0\0\0\0\0\0\0this is no json!" + b"\0" * 400,
@@ -169,6 +170,7 @@ def check_the_record(here: Fleet) -> None:
         ("evil", "wrong_dtype"): 1,
         ("evil", "not_finite"): 1,
         ("evil", "wrong_tensors"): 1,
+        ("evil", "norm_too_large"): 1,
         ("stranger", "not_in_cohort"): 1,
         ("good", "replay"): 1,
     }
