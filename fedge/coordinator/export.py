@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedge.coordinator.store import Store, VersionRecord
 from fedge.schemas.errors import StoreError
 from fedge.schemas.ids import sha256
-from fedge.schemas.onnx_wire import embed_weights
+from fedge.schemas.model_file import complete_model
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensors import read_tensors
 
@@ -17,8 +17,7 @@ def export_model(store: Store, version: VersionRecord) -> bytes:
     """
     manifest = PlanManifest.decode(store.blobs.read(version.plan_sha256))
     weights = read_tensors(store.blobs.path(version.weights.sha256), manifest.weight_specs)
-    named = {spec.graph_name: weights[spec.tensor.name] for spec in manifest.weights}
-    model = embed_weights(store.blobs.read(manifest.graphs.infer.sha256), named)
+    model = complete_model(manifest, store.blobs.read(manifest.graphs.infer.sha256), weights)
     if sha256(model) != version.model_sha256:
         raise StoreError(f"version {version.number}: the state gives another file than published")
     return model

@@ -20,7 +20,7 @@ from fedge.coordinator.onnx_session import RUNTIME_ERRORS, open_session
 from fedge.schemas.blobs import DEFAULT_CHUNK_BYTES, BlobRef, describe
 from fedge.schemas.errors import PeerError, PlanError, PlanRefused
 from fedge.schemas.ids import Digest, sha256
-from fedge.schemas.onnx_wire import embed_weights
+from fedge.schemas.model_file import complete_model
 from fedge.schemas.parity import check_parity
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensors import Array, Tensors, check_finite, check_tensors, encode_tensors
@@ -30,13 +30,13 @@ from fedge.schemas.tensors import Array, Tensors, check_finite, check_tensors, e
 class Release:
     """The files of a version that passed the parity check.
 
-    `weights`: safetensors of the version's tensors. `model`: the complete ONNX file. `golden`:
-    safetensors with `output`, torch's for the plan's golden inputs. `largest_difference`: of
-    onnxruntime to it, relative to max(1, |output|).
+    `weights`: safetensors of the version's tensors. `golden`: safetensors with `output`, torch's
+    for the plan's golden inputs. `model_sha256`, `model_bytes`: of the complete ONNX file, which is
+    made from the weights wherever it is needed. `largest_difference`: of onnxruntime to torch,
+    relative to max(1, |output|).
     """
 
     weights: bytes
-    model: bytes
     golden: bytes
     weights_ref: BlobRef
     golden_ref: BlobRef
@@ -86,12 +86,11 @@ class Releaser:
             check_finite(weights)
         except PeerError as error:
             raise PlanError(f"the version's weights break the plan: {error.detail}") from error
-        named = {spec.graph_name: weights[spec.tensor.name] for spec in self._manifest.weights}
-        model = embed_weights(self._infer, named)
         expected = self._run_torch(weights)
+        actual, model_sha256, model_bytes = self._run_onnx(weights)
         difference = check_parity(
             "onnxruntime and torch on the golden inputs",
-            self._run_onnx(model),
+            actual,
             expected,
             self._manifest.parity_tolerance,
         )
@@ -99,12 +98,11 @@ class Releaser:
         golden = encode_tensors({"output": expected})
         return Release(
             weights=encoded,
-            model=model,
             golden=golden,
             weights_ref=describe(encoded, self._chunk_bytes),
             golden_ref=describe(golden, self._chunk_bytes),
-            model_sha256=sha256(model),
-            model_bytes=len(model),
+            model_sha256=model_sha256,
+            model_bytes=model_bytes,
             largest_difference=difference,
         )
 
@@ -114,13 +112,18 @@ class Releaser:
             output = self._model(torch.from_numpy(self._golden_inputs["input"]))
         return np.asarray(output.numpy())
 
-    def _run_onnx(self, model: bytes) -> Array:
+    def _run_onnx(self, weights: Tensors) -> tuple[Array, Digest, int]:
+        """The golden outputs of the version's ONNX file, the file's digest and its size."""
+        model = complete_model(self._manifest, self._infer, weights)
+        digest, size_bytes = sha256(model), len(model)
         session = open_session(model, threads=1)
+        # The session has its own copy: a large model should not lie here twice.
+        del model
         try:
             output = session.run(["output"], {"input": self._golden_inputs["input"]})[0]
         except RUNTIME_ERRORS as error:
             raise PlanRefused(f"the version's model does not run: {error}") from error
-        return np.asarray(output)
+        return np.asarray(output), digest, size_bytes
 
 
 def load_weights(model: nn.Module, weights: Tensors) -> None:

@@ -18,7 +18,7 @@ from fedge.edge_agent.engines.interface import check_infer_graph
 from fedge.edge_agent.engines.onnx_session import RUNTIME_ERRORS, open_session
 from fedge.schemas.errors import PeerError, PlanRefused, RejectReason
 from fedge.schemas.ids import Digest, sha256
-from fedge.schemas.onnx_wire import embed_weights
+from fedge.schemas.model_file import complete_model
 from fedge.schemas.parity import check_parity
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensors import Tensors, check_tensors
@@ -46,8 +46,7 @@ def build_model(
     file is not the announced one.
     """
     check_infer_graph(manifest, infer_graph)
-    named = {w.graph_name: weights[w.tensor.name] for w in manifest.weights}
-    model = embed_weights(infer_graph, named)
+    model = complete_model(manifest, infer_graph, weights)
     if (actual := sha256(model)) != expected:
         raise PeerError(
             RejectReason.DIGEST_MISMATCH,

@@ -10,8 +10,8 @@ import torch
 from fedge.coordinator.centralized import train_centrally
 from fedge.coordinator.datasets import Examples, load_dataset
 from fedge.coordinator.evaluation import Evaluation, Evaluator
-from fedge.coordinator.release import Releaser
 from fedge.schemas.errors import ConfigError, PlanError, PlanRefused, TrainingFailed
+from fedge.schemas.model_file import complete_model
 from tests.coordinator.plans import plan_named, task_named
 
 UNIT_SQUARE = task_named("toy-linear").simulation.examples
@@ -48,10 +48,11 @@ def test_the_loss_of_a_linear_model_on_four_points_worked_by_hand(batch_size):
 
 def test_accuracy_is_the_share_of_images_whose_largest_output_is_the_label():
     _, test_set = load_dataset("sklearn-digits", Path())
-    plan, task = plan_named("digits"), task_named("digits")
+    plan = plan_named("digits")
     found = evaluator("digits", test_set, batch_size=100).evaluate(plan.initial_weights)
-    release = Releaser(task.new_model, plan.manifest, plan.blobs).build(plan.initial_weights)
-    logits = onnxruntime.InferenceSession(release.model).run(
+    infer = plan.blobs[plan.manifest.graphs.infer.sha256]
+    model = complete_model(plan.manifest, infer, plan.initial_weights)
+    logits = onnxruntime.InferenceSession(model).run(
         None, {"input": plan.manifest.features.encode(test_set.x)}
     )[0]
     right = int((logits.argmax(axis=1) == test_set.y).sum())
