@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -244,8 +246,11 @@ def version_export(number: int, path: Path, config_path: Path) -> None:
 
     with _store(config_path) as store:
         model = export_model(store, _version(store, number))
-    path.write_bytes(model)
-    click.echo(f"{path}  {len(model)} bytes")
+    try:
+        path.write_bytes(model)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    click.echo(f"version {number}: {path}, {len(model)} bytes")
 
 
 @version.command("rollback")
@@ -258,7 +263,7 @@ def version_rollback(number: int, config_path: Path) -> None:
     round that was under way is abandoned, since its base is no longer the newest version.
     """
     from fedge.coordinator.export import rolled_back  # noqa: PLC0415 -- as above
-    from fedge.coordinator.store import StateLock  # noqa: PLC0415 -- as above
+    from fedge.schemas.state_lock import StateLock  # noqa: PLC0415 -- as above
 
     with _store(config_path) as store:
         newest = store.newest_version()
@@ -333,8 +338,21 @@ def device_list(config_path: Path, as_json: bool) -> None:
 
 def main() -> None:
     """The entry point of `fedge`."""
-    with errors_as_exit_status():
+    with errors_as_exit_status(), _packages_are_here():
         cli()
+
+
+@contextlib.contextmanager
+def _packages_are_here() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "fedge":
+            raise
+        raise ConfigError(
+            f"this needs the coordinator's packages ({error.name} is missing): "
+            "pip install 'fedge[coordinator]', or in a checkout pip install '.[coordinator]'"
+        ) from error
 
 
 def _settings(config_path: Path) -> Settings:

@@ -239,6 +239,8 @@ class Coordinator:
             round=report.round,
             detail=report.detail,
         )
+        if report.kind is messages.ReportKind.ACTIVATED:
+            self._journal.saw(device, version=report.version)
         if report.kind is messages.ReportKind.TRAINING_FAILED:
             self._conductor.training_failed(device, report.round, report.detail)
 

@@ -217,7 +217,7 @@ def _unknown_task(name: str) -> str:
     near = difflib.get_close_matches(name, BUILT_IN_TASKS, n=1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     if name.endswith(".py"):
-        guess = f" For a task in a file, name the attribute too: {name}:task"
+        guess = f" For a task in a file, name the attribute too: {name}:task."
     return (
         f"there is no built-in task {name!r}.{guess} "
         f"Built in: {', '.join(sorted(BUILT_IN_TASKS))}. "

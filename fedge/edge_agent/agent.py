@@ -40,6 +40,7 @@ from fedge.schemas.ids import new_message_id
 from fedge.schemas.link.protocol import Delivery, Link, LinkDown, LinkUp, Will
 from fedge.schemas.logs import EventLog
 from fedge.schemas.messages import Assignment, Message, Offer, ReportKind, VersionAnnouncement
+from fedge.schemas.state_lock import StateLock
 from fedge.schemas.topics import Address, Channel, Topics
 
 log = EventLog(__name__)
@@ -64,6 +65,7 @@ class EdgeAgent:
         self._topics = Topics(settings.population)
 
         settings.state_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = StateLock(settings.state_dir, "agent")
         self._outbox_dir = settings.state_dir / "outbox"
         self._outbox_dir.mkdir(exist_ok=True)
         self._library = Library(settings.state_dir)
@@ -112,6 +114,7 @@ class EdgeAgent:
             await self._control.close()
             await self._bulk.close()
             self._memory.close()
+            self._lock.release()
 
     def _recover(self) -> None:
         # What is damaged is treated as absent: it is fetched or made again.

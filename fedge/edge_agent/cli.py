@@ -107,7 +107,8 @@ def fleet(config_path: Path, devices: int, split: str, seed: int, workers: int) 
     run_until_stopped(work)
 
 
-@cli.command()
+# The first number of a table's row may be negative: that is no option.
+@cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("example")
 @_config
 @click.option("--top", type=click.IntRange(1, 100), default=3, show_default=True)

@@ -24,13 +24,13 @@ from fedge.coordinator.store import (
     PlanRecord,
     Refusal,
     RoundRecord,
-    StateLock,
     Store,
     VersionRecord,
 )
 from fedge.coordinator.store.tables import metadata
 from fedge.schemas.errors import ConfigError, PeerError, RejectReason, StoreError
 from fedge.schemas.messages import LossCurve, RoundPhase
+from fedge.schemas.state_lock import StateLock
 from tests.coordinator.updates import blob
 
 PLAN = PlanRecord(blob("plan"), task="digits", task_fingerprint="f00d", created_at=1.0)
@@ -436,7 +436,7 @@ def test_what_was_accepted_is_there_after_kill_9_before_the_receipt(tmp_path):
     with start(ACCEPT_AND_HANG, tmp_path) as process:
         assert process.stdout.readline() == "True\n"
         with pytest.raises(ConfigError, match=f"process {process.pid}"):
-            StateLock(tmp_path)
+            StateLock(tmp_path, "coordinator")
         process.send_signal(signal.SIGKILL)
         process.wait()
     with Store.open(tmp_path, serve=True) as store:

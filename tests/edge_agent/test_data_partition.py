@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedge.edge_agent.data.partition import partition
-from fedge.edge_agent.data.schemes import parse_scheme
 from fedge.schemas.errors import ConfigError
+from fedge.schemas.split_schemes import parse_scheme
 
 
 @st.composite

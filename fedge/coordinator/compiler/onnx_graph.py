@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 
 from fedge.coordinator.compiler.step import PureFunction
 from fedge.coordinator.compiler.translation import TRANSLATIONS
+from fedge.coordinator.task import Task
 from fedge.schemas.errors import PlanError
 from fedge.schemas.tensor_spec import BATCH, TensorSpec
 
@@ -153,6 +154,23 @@ def _clean(model: onnx_ir.Model) -> None:
         passes.ClearMetadataAndDocStringPass(),
         passes.TopologicalSortPass(),
     )(model)
+
+
+def describe_to_applications(infer: bytes, task: Task) -> bytes:
+    """The graph with what an application must know to feed it, in the file's metadata.
+
+    `fedge.task`, and as JSON `fedge.features` (how an example becomes the input) and `fedge.target`
+    (what the output is about). The version's file inherits it.
+    """
+    model = onnx.load_from_string(infer)
+    facts = {
+        "fedge.features": task.features.model_dump_json(),
+        "fedge.target": task.target.model_dump_json(),
+        "fedge.task": task.name,
+    }
+    onnx.helper.set_model_props(model, facts)
+    described: bytes = model.SerializeToString(deterministic=True)
+    return described
 
 
 def _read_batch_from_input(model: onnx_ir.Model, function: PureFunction) -> None:

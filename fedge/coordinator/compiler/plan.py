@@ -20,7 +20,7 @@ from fedge.coordinator.compiler.inspection import (
     padding_of,
     train_example,
 )
-from fedge.coordinator.compiler.onnx_graph import OPSET, cut, translate
+from fedge.coordinator.compiler.onnx_graph import OPSET, cut, describe_to_applications, translate
 from fedge.coordinator.compiler.step import (
     PureFunction,
     evaluate_function,
@@ -91,6 +91,7 @@ def compile_task(task: Task) -> CompiledPlan:
     }
     for graph in graphs.values():
         check_operators(graph, tracker)
+    graphs["infer"] = describe_to_applications(graphs["infer"], task)
     golden = encode_tensors({"input": golden_inputs(task, _GOLDEN_SEED)})
     manifest = PlanManifest(
         task=task.name,

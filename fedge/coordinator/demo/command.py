@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import time
@@ -13,6 +14,7 @@ from rich.console import Console
 from fedge.coordinator.demo import tables
 from fedge.coordinator.demo.brokers import BrokerChoice
 from fedge.coordinator.demo.display import open_display
+from fedge.coordinator.demo.examples import load_examples
 from fedge.coordinator.demo.experiment import Wishes, resolve
 from fedge.coordinator.demo.folder import DemoFolder
 from fedge.coordinator.demo.runner import DemoRun
@@ -46,9 +48,11 @@ def demo(
         with open_display(stderr) as display:
             display.say("loading torch and the task")
             experiment = resolve(wishes)
+            # Everything that the wishes can be wrong about, before an earlier result is cleared.
+            train, test = await asyncio.to_thread(load_examples, experiment)
             folder = DemoFolder.claim(out)
             run = DemoRun(experiment, folder, display, broker=broker, deadline_s=deadline_s)
-            summary = await run.run()
+            summary = await run.run(train, test)
             found.append(replace(summary, duration_s=time.monotonic() - started))
             folder.summary.write_text(json.dumps(found[0].as_dict(), indent=2) + "\n")
 

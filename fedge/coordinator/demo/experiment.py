@@ -13,6 +13,7 @@ from typing import Literal
 from fedge.coordinator.rounds import Strategy
 from fedge.coordinator.task import Task, load_task
 from fedge.schemas.errors import ConfigError
+from fedge.schemas.split_schemes import parse_scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ def device_names(count: int) -> tuple[str, ...]:
 
 def _split(wishes: Wishes, own: str, own_devices: int, count: int) -> str:
     if wishes.split is not None:
-        return wishes.split
+        return str(parse_scheme(wishes.split))
     if own.startswith("weighted:") and count != own_devices:
         raise ConfigError(
             f"the task splits its data by {own}, which is for {own_devices} devices: give --split "

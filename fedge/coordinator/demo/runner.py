@@ -28,7 +28,7 @@ from fedge.coordinator.demo.configuration import (
 from fedge.coordinator.demo.counters import BrokerBytes, broker_bytes
 from fedge.coordinator.demo.display import Display
 from fedge.coordinator.demo.errors import DemoFailed, ProgramEnded
-from fedge.coordinator.demo.examples import TEST_FILE, TRAIN_FILE, load_examples, write_examples
+from fedge.coordinator.demo.examples import TEST_FILE, TRAIN_FILE, write_examples
 from fedge.coordinator.demo.experiment import Experiment
 from fedge.coordinator.demo.folder import DemoFolder
 from fedge.coordinator.demo.plots import draw_report
@@ -83,13 +83,12 @@ class DemoRun:
         self._progress = Progress.of(experiment.devices, experiment.rounds)
         self._changed = asyncio.Event()
 
-    async def run(self) -> Summary:
+    async def run(self, train: Examples, test: Examples) -> Summary:
         """Runs it to its end; no program is left when this returns or raises.
 
         Raises `ConfigError` for what cannot be run as asked, `ProgramEnded` if a program ended,
         `DemoFailed` if the end cannot be reached, or not within the deadline.
         """
-        train, test = await asyncio.to_thread(load_examples, self._experiment)
         broker = choose_broker(self._broker_choice, self._folder.broker)
         self._announce(train, test, broker)
         async with Programs(self._folder.logs, self._observe) as programs:

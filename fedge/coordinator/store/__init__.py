@@ -5,7 +5,6 @@ committed and synced, so a receipt or an announcement may follow it. The databas
 names and digests; bytes lie as files named by their digest in `<state>/blobs`.
 """
 
-from fedge.coordinator.store.database import StateLock
 from fedge.coordinator.store.records import (
     Contribution,
     DeviceRecord,
@@ -34,7 +33,6 @@ __all__ = [
     "RefusalRecord",
     "RoundRecord",
     "RoundReport",
-    "StateLock",
     "Store",
     "VersionRecord",
 ]

@@ -8,13 +8,10 @@ only one that knows the difference. It knows no rounds and no versions.
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, select, text
 from sqlalchemy.dialects import postgresql, sqlite
@@ -28,64 +25,6 @@ BUSY_TIMEOUT_MS = 10_000
 """How long a writer waits for another process's transaction before it gives up."""
 
 DATABASE_FILE = "fedge.sqlite"
-LOCK_FILE = "lock"
-
-
-class StateLock:
-    """Holds `<state>/lock` so that one coordinator at a time serves a state folder.
-
-    The kernel drops the lock when the process ends, however it ends: there is no stale lock to
-    clear. Readers need none. Raises `ConfigError` if another process holds it.
-    """
-
-    def __init__(self, state_dir: Path) -> None:
-        self.path = state_dir / LOCK_FILE
-        try:
-            self._file = self.path.open("a+", encoding="ascii")
-        except OSError as error:
-            raise ConfigError(f"cannot open the lock {self.path}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "unknown"
-            self._file.close()
-            raise ConfigError(
-                f"another coordinator (process {holder}) serves {state_dir}; stop it, or name "
-                "another state folder"
-            ) from error
-        self._file.truncate(0)
-        self._file.write(f"{os.getpid()}\n")
-        self._file.flush()
-
-    @staticmethod
-    def holder(state_dir: Path) -> int | None:
-        """The process that serves a state folder now, None if there is none."""
-        try:
-            with (state_dir / LOCK_FILE).open("r", encoding="ascii") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    # Empty for the moment between locking and writing.
-                    return int(file.read() or 0) or None
-        except FileNotFoundError:
-            return None
-        return None
-
-    def release(self) -> None:
-        """Lets the next one in. The file stays: removing it would let two processes lock two."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 class Database:

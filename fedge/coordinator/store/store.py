@@ -14,7 +14,7 @@ from typing import Self
 
 from sqlalchemy import func, insert, select, update
 
-from fedge.coordinator.store.database import Database, StateLock, sqlite_file, sqlite_url
+from fedge.coordinator.store.database import Database, sqlite_file, sqlite_url
 from fedge.coordinator.store.queries import (
     close_round,
     decide,
@@ -61,6 +61,7 @@ from fedge.coordinator.store.tables import (
 from fedge.schemas.blob_files import BlobDirectory
 from fedge.schemas.errors import ConfigError, RejectReason, StoreError
 from fedge.schemas.messages import RoundPhase
+from fedge.schemas.state_lock import StateLock
 
 BLOBS_FOLDER = "blobs"
 
@@ -93,7 +94,7 @@ class Store:
             _make_folder(state_dir)
         elif not (database_file or state_dir).exists():
             raise ConfigError(f"there is no coordinator state in {state_dir}")
-        lock = StateLock(state_dir) if serve else None
+        lock = StateLock(state_dir, "coordinator") if serve else None
         try:
             database = Database(url, create=create)
         except BaseException:

@@ -12,8 +12,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fedge.edge_agent.data.schemes import parse_scheme
 from fedge.schemas.errors import ConfigError
+from fedge.schemas.split_schemes import parse_scheme
 
 
 class DataFormat(StrEnum):

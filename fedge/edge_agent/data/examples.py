@@ -21,9 +21,9 @@ from fedge.edge_agent.data.idx import is_idx, read_idx
 from fedge.edge_agent.data.images import read_images
 from fedge.edge_agent.data.npz import choose_keys, read_array, read_length
 from fedge.edge_agent.data.partition import Indices, partition
-from fedge.edge_agent.data.schemes import Scheme
 from fedge.edge_agent.data.table import Layout, count_rows, read_labels, read_table
 from fedge.schemas.errors import ConfigError, StoreError
+from fedge.schemas.split_schemes import Scheme
 
 RawArray = npt.NDArray[Any]
 

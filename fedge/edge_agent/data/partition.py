@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedge.edge_agent.data.schemes import (
+from fedge.schemas.errors import ConfigError
+from fedge.schemas.split_schemes import (
     Dirichlet,
     Iid,
     Ordered,
@@ -23,7 +24,6 @@ from fedge.edge_agent.data.schemes import (
     Weighted,
     parse_scheme,
 )
-from fedge.schemas.errors import ConfigError
 
 Indices = npt.NDArray[np.int64]
 

@@ -255,7 +255,7 @@ class PahoLink:
             reason = lost.reason
             if lasted_s and lost.closed_by_peer and self._backoff.attempts >= RIVAL_LOSSES:
                 reason += f"; does another client use the id {self.settings.client_id!r}?"
-            log.info(
+            log.warning(
                 "link_down client_id=%s reason=%r retry_in_s=%.2f",
                 self.settings.client_id,
                 reason,

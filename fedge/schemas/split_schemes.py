@@ -1,6 +1,7 @@
 """The schemes by which one data set becomes several devices': their names and numbers.
 
-Apart from `partition`, which carries them out with numpy: a configuration is read without it.
+A simulation names one; `fedge.edge_agent.data.partition` carries it out. Both programs read the
+same words, so that a wrong one is refused before anything is started.
 """
 
 from __future__ import annotations
