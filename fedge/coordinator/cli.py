@@ -16,7 +16,11 @@ from fedge import __version__
 from fedge.coordinator.tasks import BUILT_IN_TASKS
 from fedge.schemas.errors import ConfigError
 from fedge.schemas.logs import set_up_logging
-from fedge.schemas.process import errors_as_exit_status, run_until_stopped
+from fedge.schemas.process import (
+    errors_as_exit_status,
+    keep_memory_together,
+    run_until_stopped,
+)
 
 if TYPE_CHECKING:
     from fedge.coordinator.settings import Settings
@@ -72,6 +76,7 @@ def serve(config_path: Path) -> None:
     from fedge.coordinator import serving  # noqa: PLC0415 -- see the top of the file
     from fedge.coordinator.settings import load  # noqa: PLC0415 -- as above
 
+    keep_memory_together()
     settings = load(config_path)
     set_up_logging(settings.log_format)
     run_until_stopped(lambda: serving.serve(settings))
