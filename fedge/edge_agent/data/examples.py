@@ -32,11 +32,13 @@ RawArray = npt.NDArray[Any]
 class Examples:
     """Inputs and targets as the device has them, first dimension: examples.
 
-    `raw_inputs` may be a read-only map of a file.
+    `raw_inputs` may be a read-only map of a file. `full_scale`: what the largest value of an input
+    means, where the format says so (255 in an image file); None where it is the task's business.
     """
 
     raw_inputs: RawArray
     raw_targets: RawArray
+    full_scale: float | None = None
 
     def __len__(self) -> int:
         return len(self.raw_targets)
@@ -49,6 +51,7 @@ class _Source:
     length: int
     read_targets: Callable[[], RawArray]
     read_inputs: Callable[[slice | Indices], RawArray]
+    full_scale: float | None = None
 
 
 def open_examples(config: DataConfig) -> Examples:
@@ -61,7 +64,7 @@ def open_examples(config: DataConfig) -> Examples:
     targets = source.read_targets()
     rows = _own_rows(config, targets)
     inputs = source.read_inputs(rows)
-    return Examples(_native(inputs), _native(targets[rows]))
+    return Examples(_native(inputs), _native(targets[rows]), source.full_scale)
 
 
 def count_examples(config: DataConfig) -> int:
@@ -204,6 +207,7 @@ def _image_source(config: DataConfig) -> _Source:
         length,
         lambda: labels[:length],
         lambda rows: read_images([Path(path) for path in paths[rows]]),
+        full_scale=255.0,
     )
 
 
