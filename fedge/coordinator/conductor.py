@@ -119,9 +119,7 @@ class Conductor:
         state = self._round
         if state is None or state.phase is not Phase.TRAINING:
             return None
-        return OpenRound(
-            state.number, state.base, state.cohort - state.accepted, dict(self._claims)
-        )
+        return OpenRound(state.number, state.base, state.cohort - state.accepted, self._claims)
 
     def next_deadline(self) -> float | None:
         """When `time_passed` should be called, in `clock` seconds."""

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Iterator
 
 from fedge.coordinator.store import VersionRecord
-from fedge.schemas.blob_files import BlobDirectory
+from fedge.schemas.blob_files import BlobDirectory, read_chunk
 from fedge.schemas.blobs import BlobRef, ChunkSet
 from fedge.schemas.errors import LinkError
 from fedge.schemas.link.protocol import MAX_IN_FLIGHT, Link
@@ -105,13 +105,7 @@ class Publisher:
 
     def _chunk_reader(self, ref: BlobRef) -> Callable[[int], bytes]:
         path = self._blobs.path(ref.sha256)
-
-        def read(index: int) -> bytes:
-            with path.open("rb") as file:
-                file.seek(index * ref.chunk_bytes)
-                return file.read(ref.chunk_size(index))
-
-        return read
+        return lambda index: read_chunk(path, ref, index)
 
     async def _each(
         self, ref: BlobRef, indexes: Iterable[int], read: Callable[[int], bytes]

@@ -10,6 +10,7 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedge.schemas.blob_files import read_chunk
 from fedge.schemas.blobs import BlobRef, BlobSender, ChunkSet
 from fedge.schemas.errors import LinkClosed, LinkError, PeerError
 from fedge.schemas.link.protocol import Link
@@ -98,10 +99,3 @@ class Uploads:
         except PeerError as error:
             log.warning("grant_refused", sha256=update.sha256[:12], detail=error.detail)
             return None
-
-
-def read_chunk(path: Path, ref: BlobRef, index: int) -> bytes:
-    """Chunk `index` of the blob in `path`: one chunk in memory at a time."""
-    with path.open("rb") as file:
-        file.seek(index * ref.chunk_bytes)
-        return file.read(ref.chunk_size(index))

@@ -218,6 +218,13 @@ class PartialBlob:
         self._hashed_chunks += 1
 
 
+def read_chunk(path: Path, ref: BlobRef, index: int) -> bytes:
+    """Chunk `index` of the blob in `path`: one chunk in memory at a time."""
+    with path.open("rb") as file:
+        file.seek(index * ref.chunk_bytes)
+        return file.read(ref.chunk_size(index))
+
+
 def _checked(digest: str) -> str:
     if not _DIGEST.fullmatch(digest):
         raise PeerError(RejectReason.INVALID_FIELD, f"not a SHA-256 in hexadecimal: {digest!r:.80}")

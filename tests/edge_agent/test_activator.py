@@ -5,21 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from fedge.edge_agent.activator import Activator
-from fedge.schemas.blobs import describe
 from fedge.schemas.messages import VersionAnnouncement
-
-BLOB = describe(b"bytes")
-
-
-def version(number: int) -> VersionAnnouncement:
-    return VersionAnnouncement(
-        number=number,
-        plan=BLOB,
-        weights=BLOB,
-        golden=BLOB,
-        model_sha256="0" * 64,
-        model_bytes=1,
-    )
+from tests.edge_agent.announcements import version
 
 
 class Recorder:

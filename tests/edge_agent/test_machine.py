@@ -36,7 +36,6 @@ from fedge.edge_agent.machine import (
     TrainingStopped,
     VersionSeen,
 )
-from fedge.schemas.blobs import describe
 from fedge.schemas.errors import RejectReason
 from fedge.schemas.messages import (
     Assignment,
@@ -45,21 +44,8 @@ from fedge.schemas.messages import (
     Retry,
     RoundAnnouncement,
     RoundPhase,
-    VersionAnnouncement,
 )
-
-BLOB = describe(b"bytes")
-
-
-def version(number: int) -> VersionAnnouncement:
-    return VersionAnnouncement(
-        number=number,
-        plan=BLOB,
-        weights=BLOB,
-        golden=BLOB,
-        model_sha256="0" * 64,
-        model_bytes=1,
-    )
+from tests.edge_agent.announcements import version
 
 
 def announced(number: int, phase: RoundPhase = RoundPhase.GATHERING) -> RoundAnnouncement:
