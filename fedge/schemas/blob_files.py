@@ -10,6 +10,7 @@ the same digest at the same time.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -20,13 +21,19 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from fedge.schemas.blobs import BlobReceiver, BlobRef, ChunkSet
-from fedge.schemas.errors import PeerError, RejectReason, StoreError
+from fedge.schemas.errors import PeerError, RejectReason, StoreError, StoreUnavailable
 from fedge.schemas.ids import Digest, sha256
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PART = ".part"
 _TEMPORARY = ".tmp"
-_READ_BYTES = 1024 * 1024
+_PASSING = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV, errno.ENXIO, errno.ESTALE),
+    }
+)
+"""What may be otherwise when it is tried again: a full disk, a lost mount, too many open files."""
 
 
 class BlobDirectory:
@@ -254,4 +261,5 @@ def _disk(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"cannot {what}: {error.strerror or error} ({error.errno})") from error
+        kind = StoreUnavailable if error.errno in _PASSING else StoreError
+        raise kind(f"cannot {what}: {error.strerror or error} ({error.errno})") from error

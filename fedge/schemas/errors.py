@@ -3,6 +3,7 @@
     FedgeError
     ├── ConfigError             ours: a setting that cannot work
     ├── StoreError              ours: the disk or the database
+    │   └── StoreUnavailable    it cannot be used now: full, read-only, busy, gone; it may come back
     ├── PeerError               the peer's: what it sent breaks the contract (carries a reason)
     ├── LinkError               the network's
     │   ├── LinkClosed          the link was closed while the call waited
@@ -55,6 +56,10 @@ class RejectReason(StrEnum):
     REPLAY = "replay"
     """This contribution was already decided."""
     ROUND_ABANDONED = "round_abandoned"
+    STALE = "stale"
+    """Asynchronous mode: its base is more versions behind than the operator allows."""
+    LIMIT_EXCEEDED = "limit_exceeded"
+    """The sender, or all senders together, are over a limit of this coordinator."""
     NOT_NEEDED = "not_needed"
     """The round had reached its goal."""
 
@@ -69,6 +74,14 @@ class ConfigError(FedgeError):
 
 class StoreError(FedgeError):
     """The disk or the database refused or returned what was not written."""
+
+
+class StoreUnavailable(StoreError):  # noqa: N818 -- a state, which may pass
+    """The disk or the database cannot be used now: full, read-only, locked, not reachable.
+
+    Nothing was changed by the call that raised it. The cause is outside of this program and may go
+    away, so whoever must have the write done tries again.
+    """
 
 
 class PeerError(FedgeError):

@@ -75,13 +75,24 @@ class RoundPhase(StrEnum):
 class RoundAnnouncement(Message):
     """The state of the newest round. Devices that are ready check in while it gathers.
 
-    `checkin_spread_s`: a device waits a random part of this before it checks in.
+    `checkin_spread_s`: a device waits a random part of this before it checks in. `checkin_share`:
+    each device checks in with this probability; the others only if the round still wants devices
+    after the spread. Both are pace steering (Bonawitz et al. 2019, section 2.3).
+    `oldest`: work for this round and later ones is still wanted, None: for `round` alone. In
+    asynchronous mode updates count in later rounds than the one they were asked for in.
     """
 
     round: RoundNumber
     base: VersionNumber
     phase: RoundPhase
     checkin_spread_s: Seconds = 0.0
+    checkin_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    oldest: RoundNumber | None = None
+
+    @property
+    def oldest_wanted(self) -> int:
+        """The oldest round whose updates can still count."""
+        return self.round if self.oldest is None else min(self.oldest, self.round)
 
 
 # ---------------------------------------------------------------- coordinator → one device
@@ -107,10 +118,14 @@ class Assignment(Message):
 
 
 class Retry(Message):
-    """You are not in this round's cohort: check in again after so long, with jitter."""
+    """You are not in this round's cohort: check in again after `after_s` to `after_s + spread_s`.
+
+    The device draws the moment at random, so those that were deferred together come back apart.
+    """
 
     round: RoundNumber
     after_s: Seconds
+    spread_s: Seconds = 0.0
 
 
 class Grant(Message):
