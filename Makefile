@@ -10,13 +10,18 @@ DEV_READY := $(VENV)/.ready-for-development
 # about half a gigabyte. A file's tests stay together, because they share running demonstrations.
 TEST_OPTIONS ?= -n 2 --dist loadfile
 
-.PHONY: help demo test lint types clean distclean
+SECONDS = 600
+SEED = 1
+
+.PHONY: help demo test chaos lint types clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## Say what can be made
 	@echo "make demo    a broker, a coordinator and 4 agents learn handwritten digits, on this computer"
 	@echo "             other wishes: make demo DEMO='--devices 8 --split shards'; fedge demo --help"
 	@echo "make test    every test, unit and end to end; one of them: make test TEST_OPTIONS='-k name'"
+	@echo "make chaos   a fleet under seeded faults, and what was lost or counted twice: nothing"
+	@echo "             other wishes: make chaos SECONDS=600 SEED=1 CHAOS='--devices 8 --list'"
 	@echo "make lint    ruff, rules and formatting"
 	@echo "make types   mypy, strict"
 	@echo "make clean   remove what was built, measured and shown; distclean removes .venv, too"
@@ -26,6 +31,9 @@ demo: $(DEMO_READY)  ## Show a whole federation
 
 test: $(DEV_READY)  ## Run every test
 	$(BIN)/python -m pytest $(TEST_OPTIONS)
+
+chaos: $(DEV_READY)  ## Break everything at random moments and check the promise
+	$(BIN)/python -m tests.chaos --seconds $(SECONDS) --seed $(SEED) $(CHAOS)
 
 lint: $(DEV_READY)  ## Check the rules and the formatting
 	$(BIN)/ruff check .

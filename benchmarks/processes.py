@@ -71,11 +71,12 @@ def program(name: str, arguments: list[str], folder: Path) -> Iterator[Program]:
     try:
         yield Program(name, process, log)
     finally:
-        process.terminate()
-        try:
-            process.wait(15)
-        except psutil.TimeoutExpired:
-            process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+            try:
+                process.wait(15)
+            except psutil.TimeoutExpired:
+                process.kill()
 
 
 @contextlib.contextmanager

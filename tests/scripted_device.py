@@ -52,6 +52,10 @@ class ScriptedDevice:
                 assert address.message is not None
                 self._inbox.append(messages.decode(address.message, event.payload))
 
+    def has_received(self, kind: type[Message]) -> bool:
+        """Whether such a message came and was not taken yet."""
+        return any(isinstance(message, kind) for message in self._inbox)
+
     async def send(self, message: Message) -> None:
         await self.send_raw(self._topics.up(self.name, type(message)), messages.encode(message))
 
@@ -61,8 +65,17 @@ class ScriptedDevice:
     async def join_round(self) -> Assignment:
         """Checks in for the round that gathers and waits for the assignment."""
         announced = await self.receive(RoundAnnouncement, phase=RoundPhase.GATHERING)
-        await self.send(Checkin(round=announced.round, examples=10, boot=1))
+        await self.check_in(announced.round)
         return await self.receive(Assignment)
+
+    async def check_in(self, number: int) -> None:
+        """Says that it is ready for that round."""
+        await self.send(Checkin(round=number, examples=10, boot=1))
+
+    @staticmethod
+    def describe(data: bytes) -> BlobRef:
+        """The reference of an update's bytes."""
+        return describe(data)
 
     def offer_of(self, assignment: Assignment, update: BlobRef, **changes: object) -> Offer:
         """What an honest device would say of this update, but for the changes."""

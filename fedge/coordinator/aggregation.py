@@ -42,6 +42,18 @@ class Weighting(StrEnum):
         return float(examples) if self is Weighting.EXAMPLES else 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class AcceptedUpdate:
+    """One accepted update: its file, the examples it was trained on, how much of it is believed.
+
+    `scale`: factor of the update itself, 1 for a fresh one; a stale one moves the model less.
+    """
+
+    path: Path
+    examples: int
+    scale: float = 1.0
+
+
 S = TypeVar("S")
 
 
@@ -51,8 +63,13 @@ class Aggregator(Protocol[S]):
     def init(self) -> S:
         """The state before the first update."""
 
-    def accumulate(self, state: S, update: Iterable[tuple[str, Array]], weight: float) -> S:
-        """The state after one more update; the state that went in may be overwritten."""
+    def accumulate(
+        self, state: S, update: Iterable[tuple[str, Array]], weight: float, scale: float = 1.0
+    ) -> S:
+        """The state after one more update, of `scale` times these differences.
+
+        The state that went in may be overwritten.
+        """
 
     def finish(self, state: S) -> dict[str, Array]:
         """The aggregate, a tensor for each spec; the state is used up."""
@@ -80,16 +97,22 @@ class WeightedMean:
         return RunningSum({spec.name: np.zeros(spec.shape, np.float64) for spec in self.specs})
 
     def accumulate(
-        self, state: RunningSum, update: Iterable[tuple[str, Array]], weight: float
+        self,
+        state: RunningSum,
+        update: Iterable[tuple[str, Array]],
+        weight: float,
+        scale: float = 1.0,
     ) -> RunningSum:
-        """Adds `weight` times the update, in place.
+        """Adds `weight * scale` times the update, in place; `weight` alone goes into the divisor.
 
-        Raises `ValueError` for a weight that is not positive and finite.
+        So a stale update moves the mean towards zero, not towards the others (Nguyen et al. 2022,
+        "Federated Learning with Buffered Asynchronous Aggregation", Algorithm 1).
+        Raises `ValueError` for a weight or scale that is not positive and finite.
         """
-        if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"an update of weight {weight}")
+        if not (math.isfinite(weight) and weight > 0 and math.isfinite(scale) and scale > 0):
+            raise ValueError(f"an update of weight {weight} and scale {scale}")
         for name, tensor in update:
-            _add_scaled(state.tensors[name], tensor, weight)
+            _add_scaled(state.tensors[name], tensor, weight * scale)
         state.weight += weight
         return state
 
@@ -108,11 +131,13 @@ class WeightedMean:
 
 
 def aggregate(
-    updates: Iterable[tuple[Path, float]],
+    updates: Iterable[AcceptedUpdate],
     specs: Sequence[TensorSpec],
     aggregator: Aggregator[S] | None = None,
+    *,
+    weighting: Weighting = Weighting.EXAMPLES,
 ) -> dict[str, Array]:
-    """The mean of the updates in these files, each with its weight, summed in the order given.
+    """The mean of the updates in these files, weighted, summed in the order given.
 
     Sort them by device name, and the result is the same bit for bit in whatever order they came.
     `specs`: the tensors of an update (`PlanManifest.update_specs`). `aggregator`: a
@@ -121,8 +146,8 @@ def aggregate(
     `ValueError` if there are no updates.
     """
     if aggregator is None:
-        return _fold(updates, specs, WeightedMean(tuple(specs)))
-    return _fold(updates, specs, aggregator)
+        return _fold(updates, specs, WeightedMean(tuple(specs)), weighting)
+    return _fold(updates, specs, aggregator, weighting)
 
 
 def validate_update(path: Path, manifest: PlanManifest, max_norm: float = math.inf) -> None:
@@ -144,11 +169,16 @@ def validate_update(path: Path, manifest: PlanManifest, max_norm: float = math.i
 
 
 def _fold(
-    updates: Iterable[tuple[Path, float]], specs: Sequence[TensorSpec], aggregator: Aggregator[S]
+    updates: Iterable[AcceptedUpdate],
+    specs: Sequence[TensorSpec],
+    aggregator: Aggregator[S],
+    weighting: Weighting,
 ) -> dict[str, Array]:
     state = aggregator.init()
-    for path, weight in updates:
-        state = aggregator.accumulate(state, stream_tensors(path, specs), weight)
+    for update in updates:
+        weight = weighting.weight(update.examples)
+        tensors = stream_tensors(update.path, specs)
+        state = aggregator.accumulate(state, tensors, weight, update.scale)
     return aggregator.finish(state)
 
 

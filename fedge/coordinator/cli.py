@@ -276,7 +276,7 @@ def version_rollback(number: int, config_path: Path) -> None:
         if newest is None or newest.number == number:
             raise ConfigError(f"version {number} is the newest already")
         made = rolled_back(newest, target, time.time())
-        store.record_version(made)
+        store.record_version(made, copy_of=number)
     click.echo(f"version {made.number} has the weights of version {number}")
     pid = StateLock.holder(_settings(config_path).state_dir)
     if pid is None:
@@ -369,7 +369,10 @@ def _settings(config_path: Path) -> Settings:
 def _store(config_path: Path) -> Store:
     from fedge.coordinator.store import Store  # noqa: PLC0415 -- as above
 
-    return Store.open(_settings(config_path).state_dir)
+    settings = _settings(config_path)
+    return Store.open(
+        settings.state_dir, settings.store.database, blobs=settings.store.blobs
+    )
 
 
 def _version(store: Store, number: int) -> VersionRecord:

@@ -1,8 +1,9 @@
-"""The conductor: carries out what the round machine decides, one round after the other.
+"""The conductor: carries out what the round machines decide, one round after the other.
 
-It owns the round and the newest version. Every decision is `rounds.step`'s; what must be durable is
-durable before anybody is told; averaging runs on another thread. It knows devices by name and
-messages by type, and leaves topics and sessions to the service that gave it `tell`.
+Every decision is the course's (`rounds.step` or, in asynchronous mode, `buffer.step`); what must be
+durable is durable before anybody is told, and while the disk is full or the database away, the
+round waits for it. It knows devices by name and messages by type, and leaves topics and sessions to
+the service that gave it `tell`.
 """
 
 from __future__ import annotations
@@ -14,26 +15,36 @@ from typing import Any
 
 import numpy as np
 
-from fedge.coordinator import rounds
-from fedge.coordinator.intake import Intake, OpenRound, contribution_of, rejected_receipt
+from fedge.coordinator import pace, rounds
+from fedge.coordinator.buffer import Buffer, Key
+from fedge.coordinator.course import AnyRound, Awaited, Course
+from fedge.coordinator.intake import Intake, contribution_of, rejected_receipt
 from fedge.coordinator.journal import Journal
-from fedge.coordinator.recovery import last_visited, resumed_round
-from fedge.coordinator.rounds import Phase, Round
+from fedge.coordinator.recovery import (
+    deliveries,
+    flights_of,
+    last_visited,
+    resumed_buffer,
+    resumed_round,
+)
+from fedge.coordinator.rounds import Mode, Round, Strategy
 from fedge.coordinator.settings import ResolvedTraining, RoundSettings
-from fedge.coordinator.store import RoundRecord, Store, VersionRecord
+from fedge.coordinator.store import RoundRecord, Store
+from fedge.coordinator.succession import Succession
 from fedge.coordinator.uploads import Reply, Upload, UploadDesk
-from fedge.coordinator.version_maker import VersionMaker
 from fedge.coordinator.workers import Workers
 from fedge.schemas import messages
-from fedge.schemas.errors import FedgeError, PeerError, RejectReason, StoreError
+from fedge.schemas.errors import FedgeError, PeerError, RejectReason
 from fedge.schemas.ids import Digest
 from fedge.schemas.logs import EventLog
-from fedge.schemas.messages import Message, RoundPhase
+from fedge.schemas.messages import Message, RoundAnnouncement
 
 log = EventLog(__name__)
 
 LONGEST_REST_S = 60.0
 """Between an abandoned round and the next: 1 s after the first, doubling, and never more."""
+ROUNDS_TO_LEARN_FROM = 200
+"""A restart reads so many closed rounds again, to know how many devices deliver."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +52,14 @@ class Surroundings:
     """What the conductor asks of the service around it.
 
     `tell`: sends a message to one device, soon. `start`: runs work beside everything else.
-    `publish`: publishes the newest version and the round's announcement. `wake`: the time of the
-    next deadline may have changed. `online`: the devices that are connected now.
-    `clock`: monotonic seconds; `wall_clock`: seconds since the epoch.
+    `publish`: has the newest version and the round announced, soon; a next round is opened then.
+    `wake`: the time of the next deadline may have changed. `online`: the devices that are
+    connected now. `clock`: monotonic seconds; `wall_clock`: seconds since the epoch.
     """
 
     tell: Callable[[str, Message], None]
     start: Callable[[Coroutine[Any, Any, Any], str], None]
-    publish: Callable[[], Coroutine[Any, Any, None]]
-    announce_round: Callable[[RoundPhase], Coroutine[Any, Any, None]]
+    publish: Callable[[], None]
     wake: Callable[[], None]
     online: Callable[[], frozenset[str]]
     clock: Callable[[], float]
@@ -57,15 +67,13 @@ class Surroundings:
 
 
 class Conductor:
-    """The rounds of one population. `newest` is set by `recover`, which comes first."""
-
-    newest: VersionRecord
+    """The rounds of one population. `recover` comes first."""
 
     def __init__(
         self,
         *,
         store: Store,
-        maker: VersionMaker,
+        succession: Succession,
         intake: Intake,
         desk: UploadDesk,
         journal: Journal,
@@ -77,58 +85,48 @@ class Conductor:
         around: Surroundings,
     ) -> None:
         self._store = store
-        self._maker = maker
+        self._succession = succession
         self._intake = intake
         self._desk = desk
         self._journal = journal
         self._workers = workers
         self._versions_limit = round_settings.versions
-        self._policy = round_settings.policy
+        self._checkins_per_s = round_settings.checkins_per_s
         self._training = training
         self._plan_sha256 = plan_sha256
         self._seed = seed
         self._around = around
-        self._round: Round | None = None
-        self._claims: dict[str, int] = {}
-        self._offered: dict[str, Digest] = {}
+        self._course = Course(
+            round_settings.policy,
+            checkins_per_s=round_settings.checkins_per_s,
+            least_spread_s=round_settings.checkin_spread_s,
+        )
+        self._offered: dict[Key, Digest] = {}
+        # Set while updates can be counted; between two buffers they wait for it.
+        self._counting = asyncio.Event()
         self._abandoned_in_a_row = 0
         self._rests_until = 0.0
+        self._limit_told = False
 
     # ------------------------------------------------------------ looking
 
     @property
-    def round(self) -> Round | None:
-        """The round that is under way, None between two."""
-        return self._round
-
-    @property
     def round_number(self) -> int | None:
-        """Its number."""
-        return None if self._round is None else self._round.number
+        """The number of the round that is under way, None between two."""
+        return self._course.number
 
-    @property
-    def announced_phase(self) -> RoundPhase:
-        """What devices should be told about the newest round."""
-        if self._round is None:
-            return RoundPhase.CLOSED
-        gathering = self._round.phase is Phase.GATHERING
-        return RoundPhase.GATHERING if gathering else RoundPhase.TRAINING
+    def awaited(self, device: str, asked_in: int) -> Awaited | None:
+        """What the device was asked for in that round, None if nothing is waited for."""
+        return self._course.awaited(device, asked_in)
 
-    def open_round(self) -> OpenRound | None:
-        """What the intake must know, None while no round takes updates."""
-        state = self._round
-        if state is None or state.phase is not Phase.TRAINING:
-            return None
-        return OpenRound(state.number, state.base, state.cohort - state.accepted, self._claims)
+    def announcement(self) -> RoundAnnouncement | None:
+        """What devices should be told about the newest round, None before the first."""
+        online = len(self._around.online())
+        return self._course.announcement(self._succession.newest.number, online)
 
     def next_deadline(self) -> float | None:
         """When `time_passed` should be called, in `clock` seconds."""
-        state = self._round
-        if state is None or not state.is_open:
-            return None
-        # A round that gathers beyond its time waits for a device, not for the clock.
-        waits = state.phase is Phase.GATHERING and self._around.clock() >= state.until
-        return None if waits else state.until
+        return self._course.next_deadline(self._around.clock())
 
     # ------------------------------------------------------------ what happens
 
@@ -139,18 +137,15 @@ class Conductor:
                 RejectReason.STALE_ROUND,
                 f"check-in for round {round_number}; open: {self.round_number or 'none'}",
             )
-        if self._round is not None and self._round.phase is Phase.GATHERING:
-            self._claims[device] = examples
+        self._course.claims(device, examples)
         self._feed(rounds.CheckedIn(device, self._online_count()))
 
     def offered(self, device: str, offer: messages.Offer) -> None:
         """An offer was taken: kept in the record, for whoever asks why a device fell silent."""
-        state = self._round
-        if state is None or device in state.failed:
+        key = (offer.round, device)
+        if self._course.has_failed(device) or self._offered.get(key) == offer.update.sha256:
             return
-        if self._offered.get(device) == offer.update.sha256:
-            return
-        self._offered[device] = offer.update.sha256
+        self._offered[key] = offer.update.sha256
         at = self._around.wall_clock()
 
         def record() -> None:
@@ -158,22 +153,21 @@ class Conductor:
 
         self._around.start(self._workers.durable(record), f"offered-{device}")
 
-    def training_failed(self, device: str, round_number: int | None, detail: str) -> None:
+    def training_failed(self, device: str, asked_in: int | None, detail: str) -> None:
         """A device says that no update will come. Raises `PeerError` if nobody asked it."""
-        state = self._round
-        if state is None or round_number != state.number:
+        if asked_in is None:
             return
-        if device not in state.cohort:
+        if self._course.is_foreign(device, asked_in):
             raise PeerError(RejectReason.NOT_IN_COHORT, f"{device} was not asked")
-        if device in state.failed:
+        if self.awaited(device, asked_in) is None or self._course.has_failed(device):
             return
         at = self._around.wall_clock()
 
         def record() -> None:
-            self._store.record_failed(state.number, device, detail, at=at)
+            self._store.record_failed(asked_in, device, detail, at=at)
 
         self._around.start(self._workers.durable(record), f"failed-{device}")
-        self._feed(rounds.Failed(device))
+        self._feed(rounds.Failed(device, asked_in))
 
     def time_passed(self) -> None:
         """The clock reached the next deadline, or the coordinator has just started."""
@@ -181,14 +175,11 @@ class Conductor:
 
     def reject(self, device: str, offer: messages.Offer, error: PeerError) -> None:
         """An offer or its update is refused: recorded, counted, and the device told."""
-        state = self._round
         # What came after its round's end belongs to that round's record, else to the open one's.
-        belated = error.reason in (RejectReason.REPLAY, RejectReason.LATE)
+        belated = error.reason in (RejectReason.REPLAY, RejectReason.LATE, RejectReason.STALE)
         self._journal.refused(device, error, offer.round if belated else self.round_number)
         self._around.tell(device, rejected_receipt(offer, error))
-        if state is None or offer.round != state.number:
-            return
-        if device not in state.cohort or device in state.accepted | state.failed:
+        if self.awaited(device, offer.round) is None or self._course.has_failed(device):
             return
         at = self._around.wall_clock()
 
@@ -196,84 +187,89 @@ class Conductor:
             self._store.record_rejected(offer.round, device, error.reason, error.detail, at=at)
 
         self._around.start(self._workers.durable(record), f"rejected-{device}")
-        self._feed(rounds.Failed(device))
+        self._feed(rounds.Failed(device, offer.round))
 
     async def finish(self, upload: Upload) -> Sequence[Reply]:
         """Decides a complete upload, durably, and tells its device. Returns grants for others."""
         device, offer = upload.device, upload.offer
         try:
-            receipt = await self._accept(upload)
+            counted_in, receipt = await self._accept(upload)
         except PeerError as error:
             others = self._desk.taken(upload, self._around.clock())
             self.reject(device, offer, error)
             return others
+        except FedgeError as error:
+            # It is not decided: what has arrived stays, and the device offers it again.
+            log.error("update_not_kept", device=device, round=offer.round, reason=str(error))
+            return self._desk.taken(upload, self._around.clock())
         others = self._desk.taken(upload, self._around.clock())
         self._around.tell(device, receipt)
         log.info(
             "update_accepted",
             round=offer.round,
             device=device,
+            counted_in=counted_in,
             examples=offer.examples,
             bytes=offer.update.size_bytes,
             training_s=offer.training_s,
             loss=offer.loss.by_epoch[-1] if offer.loss.by_epoch else None,
         )
-        if offer.round == self.round_number:
-            self._feed(rounds.Accepted(device))
+        if counted_in == self.round_number:
+            self._feed(rounds.Accepted(device, offer.round))
         return others
 
     async def adopt_newest(self) -> None:
         """Looks at the store again: another process (a rollback) may have added a version."""
-        newest = await self._workers.durable(self._store.newest_version)
-        if newest is None or newest.number <= self.newest.number:
+        found = await self._succession.overtaken()
+        if found is None:
             return
-        # Before anything is awaited: no update to the old version may close its round now.
-        self.newest = newest
-        self._feed(rounds.Superseded(newest.number))
-        await self._workers.compute(lambda: self._maker.adopt(newest))
-        log.info("version_adopted", version=newest.number, note=newest.note)
-        await self._around.publish()
-
-    def measured(self, version: VersionRecord) -> None:
-        """A version's metrics are known now."""
-        if version.number == self.newest.number:
-            self.newest = version
+        self._feed(rounds.Superseded(found.number))
+        await self._succession.take_up(found)
+        self._around.publish()
 
     # ------------------------------------------------------------ beginnings
 
     async def recover(self) -> None:
         """Takes up what the store says was under way; makes version 0 if there is none."""
-        now = self._around.wall_clock()
-        newest = self._store.newest_version()
-        if newest is None:
-            newest = await self._workers.compute(lambda: self._maker.make_first(now))
-            self._store.record_version(newest)
-            log.info("version_made", version=newest.number, model_bytes=newest.model_bytes)
-        self.newest = newest
-        await self._workers.compute(lambda: self._maker.adopt(newest))
-        for record in self._store.open_rounds():
-            if record.base == newest.number and self._round is None:
-                self._resume(record)
-            else:
-                reason = "its base is not the newest version"
-                self._store.abandon_round(record.number, reason, at=now)
-        self._desk.keep_only(self.round_number)
-        self._store.blobs.sweep()
+        await self._succession.recover(self._around.wall_clock())
+        resumed = await self._workers.durable(self._recover_rounds)
+        if resumed is not None:
+            self._course.resume(resumed)
+            self._counting.set()
+            log.info(
+                "round_resumed",
+                round=resumed.number,
+                phase=resumed.phase.value,
+                accepted=len(resumed.accepted),
+            )
+        kept = self._course.rounds_with_files()
+        await self._workers.durable(lambda: self._desk.keep_only(kept))
+        await self._workers.durable(self._store.blobs.sweep)
 
-    def _resume(self, record: RoundRecord) -> None:
-        self._round = resumed_round(
-            self._store,
-            record,
-            now=self._around.clock(),
-            wall_now=self._around.wall_clock(),
-            previous=self._last_visited(record.number),
-        )
-        log.info(
-            "round_resumed",
-            round=record.number,
-            phase=self._round.phase.value,
-            accepted=len(self._round.accepted),
-        )
+    def _recover_rounds(self) -> AnyRound | None:
+        store, policy, newest = self._store, self._course.policy, self._succession.newest.number
+        now, wall_now = self._around.clock(), self._around.wall_clock()
+        last = store.newest_round()
+        flights = flights_of(store, newest, policy, now, wall_now)
+        seen = deliveries(store.recent_rounds(ROUNDS_TO_LEARN_FROM))
+        self._course.recover(0 if last is None else last.number, flights, seen)
+        resumed: AnyRound | None = None
+        for record in store.open_rounds():
+            if record.base != newest:
+                reason = "its base is not the newest version"
+            elif record.mode != policy.mode.value:
+                reason = f"the coordinator was started again in mode {policy.mode.value}"
+            elif policy.mode is Mode.ASYNC:
+                resumed = resumed_buffer(store, record, policy, flights, now=now, wall_now=wall_now)
+                continue
+            else:
+                previous = self._last_visited(record.number)
+                resumed = resumed_round(
+                    store, record, policy, now=now, wall_now=wall_now, previous=previous
+                )
+                continue
+            store.abandon_round(record.number, reason, at=wall_now)
+        return resumed
 
     def take_up(self) -> None:
         """Goes on with the round that `recover` found, now that messages can be sent.
@@ -282,110 +278,162 @@ class Conductor:
         and never sent, and a device that has its own already takes no second one.
         """
         self.time_passed()
-        state = self._round
-        if state is not None and state.phase is Phase.TRAINING:
-            waiting = state.cohort - state.accepted - state.failed
-            self._act(state, rounds.Assign(tuple(sorted(waiting))))
+        if self._course.round is not None:
+            self._act(self._course.round, rounds.Assign(self._course.waiting_for()))
 
     async def open_next_round(self) -> None:
-        """Opens the next round, unless the operator's number of versions is reached."""
-        if self._round is not None or self._around.clock() < self._rests_until:
+        """Opens the next round, unless the operator's number of versions is reached.
+
+        Raises `StoreUnavailable` if it cannot be recorded now.
+        """
+        if self._course.round is not None or self._around.clock() < self._rests_until:
             return
-        limit = self._versions_limit
-        if limit is not None and self.newest.number >= limit:
-            log.info("goal_reached", version=self.newest.number)
+        newest = self._succession.newest.number
+        if self._versions_limit is not None and newest >= self._versions_limit:
+            self._stop_at_the_limit(newest)
             return
-        last = self._store.newest_round()
-        number = 1 if last is None else last.number + 1
+        number = self._course.last_number + 1
         seed = int(np.random.default_rng([self._seed, number]).integers(2**32))
-        state = rounds.open_round(
-            number,
-            self.newest.number,
-            seed=seed,
-            policy=self._policy,
-            now=self._around.clock(),
-            previous=self._last_visited(number),
-        )
-        now = self._around.wall_clock()
+        previous = await self._workers.durable(lambda: self._last_visited(number))
+        await self._workers.durable(lambda: self._record_round(number, newest, seed))
+        if self._succession.newest.number != newest:
+            # Somebody rolled back meanwhile: there is no such base any more.
+            at, reason = self._around.wall_clock(), "its base is not the newest version"
+            await self._workers.insist(lambda: self._record_abandoned(number, reason, at))
+            self._course.last_number = number
+            self._around.publish()
+            return
+        now = self._around.clock()
+        commands = self._course.begin(number, newest, seed=seed, previous=previous, now=now)
+        self._counting.set()
+        self._around.wake()
+        log.info("round_gathering", round=number, base=newest, ask=self._course.policy.cohort_size)
+        if self._course.round is not None:
+            for command in commands:
+                self._act(self._course.round, command)
+
+    def _stop_at_the_limit(self, newest: int) -> None:
+        if self._limit_told:
+            return
+        self._limit_told = True
+        log.info("goal_reached", version=newest)
+        for asked_in, device in self._course.call_back_all():
+            self._dismiss((device,), RejectReason.NOT_NEEDED, asked_in)
+        # What still waits for a buffer to open is told that none will.
+        self._counting.set()
+
+    def _record_round(self, number: int, base: int, seed: int) -> None:
+        now, policy = self._around.wall_clock(), self._course.policy
         record = RoundRecord(
             number=number,
-            base=state.base,
-            goal=self._policy.goal,
-            quorum=self._policy.quorum,
+            base=base,
+            goal=policy.goal,
+            quorum=policy.quorum,
             seed=seed,
             opened_at=now,
-            gather_until=now + self._policy.gather_s,
+            gather_until=now + policy.gather_s,
+            mode=policy.mode.value,
         )
-        await self._workers.durable(lambda: self._store.open_round(record))
-        self._round = state
-        self._around.wake()
-        log.info("round_gathering", round=number, base=state.base)
+        newest = self._store.newest_round()
+        if newest is not None and (newest.number, newest.base, newest.seed) == (number, base, seed):
+            # The database was lost in the moment of a commit that it had done.
+            return
+        self._store.open_round(record)
+
+    def _record_abandoned(self, number: int, reason: str, at: float) -> None:
+        if any(record.number == number for record in self._store.open_rounds()):
+            self._store.abandon_round(number, reason, at=at)
 
     def _last_visited(self, number: int) -> str | None:
-        cyclic = self._policy.strategy is rounds.Strategy.CYCLIC
+        cyclic = self._course.policy.strategy is Strategy.CYCLIC
         return last_visited(self._store, number) if cyclic else None
 
     # ------------------------------------------------------------ carrying out
 
     def _online_count(self) -> int:
-        ready = frozenset() if self._round is None else self._round.ready
-        return len(self._around.online() | ready)
+        return self._course.online_at_least(len(self._around.online()))
 
     def _feed(self, event: rounds.Event) -> None:
-        if self._round is None:
+        turn = self._course.feed(event, self._around.clock())
+        if turn is None:
             return
-        before = self._round
-        self._round, commands = rounds.step(before, event, self._policy, self._around.clock())
         self._around.wake()
-        if before.phase is Phase.GATHERING and self._round.phase is Phase.TRAINING:
+        if not turn.state.is_open:
+            self._counting.clear()
+        if turn.asked:
             # Assignments may be sent only once it is on disk who was asked.
-            self._around.start(self._begin_training(self._round, commands), "begin-training")
+            self._around.start(self._ask(turn.state, turn.asked, turn.commands), "ask")
             return
-        for command in commands:
-            self._act(self._round, command)
+        for command in turn.commands:
+            self._act(turn.state, command)
 
-    def _act(self, state: Round, command: rounds.Command) -> None:
+    async def _ask(
+        self, state: AnyRound, asked: frozenset[str], commands: Sequence[rounds.Command]
+    ) -> None:
+        at = self._around.wall_clock()
+        if isinstance(state, Round):
+            until = at + max(0.0, state.until - self._around.clock())
+            await self._workers.insist(
+                lambda: self._store.record_assignment(
+                    state.number, sorted(asked), train_until=until, at=at
+                )
+            )
+            log.info("round_training", round=state.number, base=state.base, cohort=len(asked))
+        else:
+            until = at + self._course.policy.deadline_s
+            await self._workers.insist(lambda: self._record_asked(state, asked, until, at))
+        for command in commands:
+            self._act(state, command)
+        if isinstance(state, Round):
+            self._around.publish()
+
+    def _record_asked(self, state: Buffer, asked: frozenset[str], until: float, at: float) -> None:
+        for device in sorted(asked):
+            self._store.record_asked(state.number, device, base=state.base, until=until, at=at)
+
+    def _act(self, state: AnyRound, command: rounds.Command) -> None:
         tell = self._around.tell
         match command:
             case rounds.Assign(devices):
                 for device in devices:
                     tell(device, self._assignment(state, device))
             case rounds.Defer(devices, after_s):
+                rate = self._checkins_per_s
+                spread_s = pace.return_spread_s(len(devices), after_s, checkins_per_s=rate)
                 for device in devices:
-                    tell(device, messages.Retry(round=state.number, after_s=after_s))
-            case rounds.Dismiss(devices, reason):
-                for device in devices:
-                    dropped = self._desk.drop(device)
-                    if dropped is None:
-                        tell(device, messages.Abort(round=state.number, reason=reason))
-                    else:
-                        tell(device, rejected_receipt(dropped, PeerError(reason, "")))
+                    retry = messages.Retry(round=state.number, after_s=after_s, spread_s=spread_s)
+                    tell(device, retry)
+            case rounds.Dismiss(devices, reason, asked_in):
+                self._dismiss(devices, reason, state.number if asked_in is None else asked_in)
             case rounds.Aggregate():
                 self._around.start(self._aggregate(state), f"aggregate-{state.number}")
             case rounds.Abandon(reason):
                 self._around.start(self._abandon(state, reason), f"abandon-{state.number}")
 
-    async def _begin_training(self, state: Round, commands: Sequence[rounds.Command]) -> None:
-        at = self._around.wall_clock()
-        train_until = at + max(0.0, state.until - self._around.clock())
-        cohort = sorted(state.cohort)
+    def _dismiss(self, devices: tuple[str, ...], reason: RejectReason, asked_in: int) -> None:
+        for device in devices:
+            dropped = self._desk.drop(device)
+            if dropped is None:
+                self._around.tell(device, messages.Abort(round=asked_in, reason=reason))
+            else:
+                self._around.tell(device, rejected_receipt(dropped, PeerError(reason, "")))
+        if self._course.policy.mode is Mode.ASYNC:
+            at = self._around.wall_clock()
+            self._around.start(
+                self._workers.insist(lambda: self._store.silence(asked_in, devices, at=at)),
+                f"silence-{asked_in}",
+            )
 
-        def record() -> None:
-            self._store.record_assignment(state.number, cohort, train_until=train_until, at=at)
-
-        await self._workers.durable(record)
-        log.info("round_training", round=state.number, base=state.base, cohort=len(cohort))
-        for command in commands:
-            self._act(state, command)
-        await self._around.announce_round(RoundPhase.TRAINING)
-
-    def _assignment(self, state: Round, device: str) -> messages.Assignment:
-        training = self._training
+    def _assignment(self, state: AnyRound, device: str) -> messages.Assignment:
+        training, until = self._training, state.until
+        if isinstance(state, Buffer):
+            flight = state.flights.get((state.number, device))
+            until = until if flight is None else flight.until
         return messages.Assignment(
             round=state.number,
             base=state.base,
             plan_sha256=self._plan_sha256,
-            deadline_s=max(0.0, state.until - self._around.clock()),
+            deadline_s=max(0.0, until - self._around.clock()),
             seed=rounds.device_seed(state.seed, device),
             batch_size=training.batch_size,
             learning_rate=training.learning_rate,
@@ -394,52 +442,48 @@ class Conductor:
             proximal_mu=training.proximal_mu,
         )
 
-    async def _accept(self, upload: Upload) -> messages.Receipt:
+    async def _accept(self, upload: Upload) -> tuple[int, messages.Receipt]:
+        if self._course.policy.mode is Mode.ASYNC:
+            # An update that comes while a version is made goes into the next buffer.
+            while not self._counting.is_set():
+                await self._counting.wait()
         # From this check to the durable thread's queue there is no await: what is queued while the
         # round trains is decided before `_aggregate` asks, in the same queue, what was accepted.
-        now_open = self.open_round()
-        if now_open is None or now_open.number != upload.offer.round:
-            raise PeerError(RejectReason.LATE, f"round {upload.offer.round} has closed")
-        return await self._workers.durable(lambda: self._intake.finish(upload))
+        number, asked_in = self.round_number, upload.offer.round
+        if number is None or self.awaited(upload.device, asked_in) is None:
+            raise PeerError(RejectReason.LATE, f"round {asked_in} has closed")
+        receipt = await self._workers.durable(lambda: self._intake.finish(upload, number))
+        return number, receipt
 
-    async def _aggregate(self, state: Round) -> None:
-        updates = await self._workers.durable(lambda: self._intake.accepted_updates(state.number))
+    # ------------------------------------------------------------ endings
+
+    async def _aggregate(self, state: AnyRound) -> None:
+        updates = await self._workers.insist(
+            lambda: self._intake.accepted_updates(state.number, state.base)
+        )
         now = self._around.wall_clock()
-        base = self.newest
         try:
-            if base.number != state.base:
-                raise StoreError(f"version {base.number} took the place of its base")
-            version = await self._workers.compute(
-                lambda: self._maker.make_next(base, state.number, updates, now)
-            )
-            await self._workers.durable(lambda: self._record(version))
+            version = await self._succession.make_next(state.base, state.number, updates, now)
         except (FedgeError, ValueError) as error:
             # A version that cannot be exported, verified or recorded is not published; the fleet
             # goes on from the one that was.
             log.error("version_refused", round=state.number, reason=str(error))
             await self._abandon(state, f"no version could be made: {error}")
             return
-        self.newest = version
-        self._maker.commit()
         self._abandoned_in_a_row = 0
         log.info(
             "version_made",
             version=version.number,
             round=state.number,
             updates=len(updates),
-            examples=sum(examples for _, examples in updates),
+            examples=sum(update.examples for update in updates),
+            stale=sum(update.scale < 1 for update in updates),
         )
         await self._end_round(state)
 
-    def _record(self, version: VersionRecord) -> None:
-        newest = self._store.newest_version()
-        if newest is not None and newest.number >= version.number:
-            raise StoreError(f"version {newest.number} was made meanwhile ({newest.note})")
-        self._store.record_version(version)
-
-    async def _abandon(self, state: Round, reason: str) -> None:
+    async def _abandon(self, state: AnyRound, reason: str) -> None:
         at = self._around.wall_clock()
-        await self._workers.durable(lambda: self._store.abandon_round(state.number, reason, at=at))
+        await self._workers.insist(lambda: self._record_abandoned(state.number, reason, at))
         log.warning("round_abandoned", round=state.number, reason=reason)
         self._abandoned_in_a_row += 1
         # Whatever made it fail may make the next one fail: a fleet is not asked again at once.
@@ -448,15 +492,20 @@ class Conductor:
         await self._end_round(state)
         await self.adopt_newest()
         await asyncio.sleep(rest_s)
-        await self._around.publish()
+        self._around.publish()
 
-    async def _end_round(self, state: Round) -> None:
-        for device, offer in self._desk.drop_all():
-            late = PeerError(RejectReason.LATE, f"round {state.number} has closed")
-            self._around.tell(device, rejected_receipt(offer, late))
-        self._round = None
-        self._claims.clear()
-        self._offered.clear()
+    async def _end_round(self, state: AnyRound) -> None:
+        asked_before = self._course.devices_to_ask
+        self._course.end()
+        if self._course.devices_to_ask != asked_before:
+            log.info("over_selection", ask=self._course.devices_to_ask, before=asked_before)
+        flying = self._course.flights
+        self._offered = {key: sha for key, sha in self._offered.items() if key in flying}
+        if isinstance(state, Round):
+            for device, offer in self._desk.drop_all():
+                late = PeerError(RejectReason.LATE, f"round {state.number} has closed")
+                self._around.tell(device, rejected_receipt(offer, late))
+        kept = self._course.rounds_with_files()
         # On the durable thread, after whatever upload is still being decided there.
-        await self._workers.durable(lambda: self._desk.clear(state.number))
-        await self._around.publish()
+        await self._workers.insist(lambda: self._desk.keep_only(kept))
+        self._around.publish()

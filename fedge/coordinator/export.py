@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedge.coordinator.store import Store, VersionRecord
-from fedge.schemas.errors import StoreError
+from fedge.schemas.errors import ConfigError, StoreError
 from fedge.schemas.ids import sha256
 from fedge.schemas.model_file import complete_model
 from fedge.schemas.plan import PlanManifest
@@ -13,8 +13,10 @@ from fedge.schemas.tensors import read_tensors
 def export_model(store: Store, version: VersionRecord) -> bytes:
     """The version's `model.onnx`, byte for byte what its devices run.
 
-    Raises `StoreError` if the state does not give the file that was published.
+    Raises `ConfigError` if the version's files were deleted, `StoreError` if the state does not
+    give the file that was published.
     """
+    _check_files(version)
     manifest = PlanManifest.decode(store.blobs.read(version.plan_sha256))
     weights = read_tensors(store.blobs.path(version.weights.sha256), manifest.weight_specs)
     model = complete_model(manifest, store.blobs.read(manifest.graphs.infer.sha256), weights)
@@ -27,8 +29,9 @@ def rolled_back(newest: VersionRecord, target: VersionRecord, now: float) -> Ver
     """A new version with the weights of an old one: numbers never go back.
 
     The server optimizer starts anew: what it remembered led away from here. Raises `StoreError` if
-    the two belong to different plans.
+    the two belong to different plans, `ConfigError` if the old one's files were deleted.
     """
+    _check_files(target)
     if newest.plan_sha256 != target.plan_sha256:
         raise StoreError(
             f"version {target.number} belongs to another plan than version {newest.number}"
@@ -45,3 +48,11 @@ def rolled_back(newest: VersionRecord, target: VersionRecord, now: float) -> Ver
         metrics=target.metrics,
         note=f"rollback of {newest.number} to {target.number}",
     )
+
+
+def _check_files(version: VersionRecord) -> None:
+    if not version.files_kept:
+        raise ConfigError(
+            f"version {version.number} is known, but its files were deleted, as [retention] "
+            "versions says; `fedge version list` shows which are kept"
+        )

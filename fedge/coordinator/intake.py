@@ -1,18 +1,19 @@
 """The intake: what becomes of offers and chunks, up to the durable decision.
 
-An offer is checked against the round, then its chunks are collected by the upload desk, then the
-whole update is verified, stored and recorded, and only then does the device get its receipt. A
-device that asks again gets the same answer again: the store decides who has contributed, and its
-key is (round, device). Nothing here knows how rounds proceed; the service tells it which is open.
+An offer is checked against what its device was asked for, then its chunks are collected by the
+upload desk, then the whole update is verified, stored and recorded, and only then does the device
+get its receipt. A device that asks again gets the same answer again: the store decides who has
+contributed, and its key is (round, device). Nothing here knows how rounds proceed; the conductor
+says whom it waits for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-from fedge.coordinator.aggregation import validate_update
+from fedge.coordinator.aggregation import AcceptedUpdate, validate_update
+from fedge.coordinator.buffer import staleness_weight
+from fedge.coordinator.course import Awaited
 from fedge.coordinator.store import Contribution, ParticipantStatus, Store
 from fedge.coordinator.uploads import Reply, Upload, UploadDesk
 from fedge.schemas.errors import PeerError, RejectReason
@@ -21,22 +22,8 @@ from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensors import encoded_limit_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class OpenRound:
-    """What the intake must know of the round that trains now.
-
-    `waiting`: devices that were asked and have no accepted update. `claims`: the examples that
-    each said it has when it checked in; weight cannot be claimed afterwards.
-    """
-
-    number: int
-    base: int
-    waiting: frozenset[str]
-    claims: Mapping[str, int]
-
-
 class Intake:
-    """Offers and updates of the present round.
+    """Offers and updates.
 
     `max_update_norm`: L2, in weight units. `wall_clock`: seconds since the epoch, for the records.
     """
@@ -57,48 +44,21 @@ class Intake:
         self._max_update_norm = max_update_norm
         self._limit_bytes = encoded_limit_bytes(manifest.update_specs)
 
-    def offered(
-        self, device: str, offer: Offer, now_open: OpenRound | None, now: float
-    ) -> Sequence[Reply | tuple[str, Receipt]]:
-        """What to answer to an offer: a grant, nothing yet (the line is long), or a receipt.
+    def awaited(self, device: str, offer: Offer, awaited: Awaited, now: float) -> Sequence[Reply]:
+        """What to answer to an offer that is waited for: a grant, nothing while the line is long.
 
-        Raises `PeerError` with the reason if the offer is refused. For an update that was accepted
-        before the receipt comes again, whatever round is open.
+        Raises `PeerError` with the reason if the offer is refused, `StoreUnavailable` if what
+        comes cannot be kept now.
         """
-        if now_open is None or offer.round != now_open.number or device not in now_open.waiting:
-            return ((device, self._settled(device, offer, now_open)),)
-        self._check(device, offer, now_open)
+        self._check(offer, awaited)
         return self._desk.offered(device, offer, now)
 
-    def finish(self, upload: Upload) -> Receipt:
-        """Verifies and records a complete upload, durably; the receipt may be sent then.
+    def settled(self, device: str, offer: Offer, open_number: int | None) -> Receipt:
+        """The answer to an offer that nobody waits for: the receipt again, if it was accepted.
 
-        Raises `PeerError` with the reason if the update is refused; its file is gone then.
+        Reads the store. Raises `PeerError` with the reason otherwise: replay, not_in_cohort, late
+        or stale_round. `open_number`: the round that is open.
         """
-        offer = upload.offer
-        path = upload.part.commit()
-        try:
-            validate_update(path, self._manifest, self._max_update_norm)
-            self._store.record_accepted(
-                offer.round, upload.device, contribution_of(offer), at=self._wall_clock()
-            )
-        except PeerError:
-            path.unlink(missing_ok=True)
-            raise
-        return accepted_receipt(offer)
-
-    def accepted_updates(self, round_number: int) -> list[tuple[Path, int]]:
-        """The accepted updates' files in the order of the devices' names, and their examples."""
-        return [
-            (
-                self._desk.directory(round_number, p.device).path(p.contribution.update.sha256),
-                p.contribution.examples,
-            )
-            for p in self._store.participants(round_number)
-            if p.status is ParticipantStatus.ACCEPTED and p.contribution is not None
-        ]
-
-    def _settled(self, device: str, offer: Offer, now_open: OpenRound | None) -> Receipt:
         known = self._store.participant(offer.round, device)
         if known is not None and known.status is ParticipantStatus.ACCEPTED:
             accepted = known.contribution
@@ -107,26 +67,64 @@ class Intake:
             raise PeerError(
                 RejectReason.REPLAY, f"another update of round {offer.round} was accepted before"
             )
-        if now_open is not None and offer.round == now_open.number:
+        if offer.round == open_number and known is None:
             raise PeerError(
                 RejectReason.NOT_IN_COHORT, f"{device} was not asked in round {offer.round}"
             )
-        there_is = "no round is" if now_open is None else f"round {now_open.number} is"
+        there_is = "no round is" if open_number is None else f"round {open_number} is"
         raise PeerError(
             RejectReason.STALE_ROUND if known is None else RejectReason.LATE,
-            f"round {offer.round} is not open; {there_is}",
+            f"round {offer.round} is not open for it; {there_is}",
         )
 
-    def _check(self, device: str, offer: Offer, now_open: OpenRound) -> None:
-        if offer.examples > now_open.claims.get(device, offer.examples):
+    def finish(self, upload: Upload, counted_in: int) -> Receipt:
+        """Verifies and records a complete upload, durably; the receipt may be sent then.
+
+        `counted_in`: the round into whose version it goes. Raises `PeerError` with the reason if
+        the update is refused; its file is gone then. Raises `StoreUnavailable` if it cannot be
+        kept now: nothing is decided then, and what has arrived stays.
+        """
+        offer = upload.offer
+        path = upload.part.commit()
+        try:
+            validate_update(path, self._manifest, self._max_update_norm)
+            self._store.record_accepted(
+                offer.round,
+                upload.device,
+                contribution_of(offer),
+                at=self._wall_clock(),
+                counted_in=counted_in,
+            )
+        except PeerError:
+            path.unlink(missing_ok=True)
+            raise
+        return accepted_receipt(offer)
+
+    def accepted_updates(self, round_number: int, base: int) -> list[AcceptedUpdate]:
+        """What goes into the version of this round, in the order of device names.
+
+        `base`: the version it is made from; updates from older ones count less.
+        """
+        return [
+            AcceptedUpdate(
+                self._desk.directory(p.round, p.device).path(p.contribution.update.sha256),
+                p.contribution.examples,
+                1.0 if p.base is None else staleness_weight(base - p.base),
+            )
+            for p in self._store.accepted_in(round_number)
+            if p.contribution is not None
+        ]
+
+    def _check(self, offer: Offer, awaited: Awaited) -> None:
+        if awaited.claim is not None and offer.examples > awaited.claim:
             raise PeerError(
                 RejectReason.INVALID_FIELD,
-                f"{offer.examples} examples; the check-in said {now_open.claims[device]}",
+                f"{offer.examples} examples; the check-in said {awaited.claim}",
             )
-        if offer.base != now_open.base:
+        if offer.base != awaited.base:
             raise PeerError(
                 RejectReason.WRONG_BASE,
-                f"made from version {offer.base}, the round's base is {now_open.base}",
+                f"made from version {offer.base}, the round's base is {awaited.base}",
             )
         if offer.update.size_bytes > self._limit_bytes:
             raise PeerError(

@@ -16,7 +16,7 @@ from fedge.schemas.blobs import BlobRef, ChunkSet
 from fedge.schemas.errors import LinkError
 from fedge.schemas.link.protocol import MAX_IN_FLIGHT, Link
 from fedge.schemas.logs import EventLog
-from fedge.schemas.messages import Message, VersionAnnouncement, encode
+from fedge.schemas.messages import Message, RollCall, VersionAnnouncement, encode
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.topics import Topics
 
@@ -50,6 +50,7 @@ class Publisher:
         self._topics = topics
         self._blobs = blobs
         self._seeded: set[str] = set()
+        self._announced: dict[type[Message], dict[str, object]] = {}
         self._generation = 0
         self._repeating: dict[str, ChunkSet] = {}
         self.chunk_bytes_published = 0
@@ -57,12 +58,24 @@ class Publisher:
     def forget(self) -> None:
         """The broker may have lost what it kept: publish it again when it is next named."""
         self._seeded.clear()
+        self._announced.clear()
         self._generation += 1
 
     async def announce(self, message: Message) -> None:
-        """Replaces the retained announcement of this kind."""
-        topic = self._topics.announcement(type(message))
-        await self._control.publish(topic, encode(message), retain=True)
+        """Replaces the retained announcement of this kind, unless it says the same already."""
+        kind = type(message)
+        said = message.model_dump(exclude={"id", "ts"})
+        if self._announced.get(kind) == said:
+            return
+        generation = self._generation
+        await self._control.publish(self._topics.announcement(kind), encode(message), retain=True)
+        if generation == self._generation:
+            self._announced[kind] = said
+
+    async def call_roll(self, spread_s: float) -> None:
+        """Asks every connected device to say that it is there."""
+        roll = RollCall(spread_s=spread_s)
+        await self._control.publish(self._topics.announcement(RollCall), encode(roll))
 
     async def seed(self, refs: Iterable[BlobRef]) -> None:
         """Publishes every chunk of the blobs that this connection has not seen yet.
@@ -72,7 +85,7 @@ class Publisher:
         for ref in refs:
             if ref.sha256 not in self._seeded:
                 generation = self._generation
-                await self._each(ref, range(ref.chunk_count), self._chunk_reader(ref))
+                await self._each(ref.sha256, range(ref.chunk_count), self._chunk_reader(ref))
                 if generation == self._generation:
                     self._seeded.add(ref.sha256)
 
@@ -92,23 +105,22 @@ class Publisher:
             done: set[int] = set()
             while wanted := [i for i in range(ref.chunk_count) if i in missing and i not in done]:
                 log.info("chunks_repeated", sha256=ref.sha256[:12], chunks=len(wanted))
-                await self._each(ref, wanted, self._chunk_reader(ref))
+                await self._each(ref.sha256, wanted, self._chunk_reader(ref))
                 done.update(wanted)
         finally:
             del self._repeating[ref.sha256]
 
-    async def clear(self, refs: Iterable[BlobRef]) -> None:
-        """Removes the chunks of blobs that no device needs any more from the broker."""
-        for ref in refs:
-            self._seeded.discard(ref.sha256)
-            await self._each(ref, range(ref.chunk_count), lambda _: b"")
+    async def clear(self, sha256: str, chunk_count: int) -> None:
+        """Removes the chunks of a blob that no device needs any more from the broker."""
+        self._seeded.discard(sha256)
+        await self._each(sha256, range(chunk_count), lambda _: b"")
 
     def _chunk_reader(self, ref: BlobRef) -> Callable[[int], bytes]:
         path = self._blobs.path(ref.sha256)
         return lambda index: read_chunk(path, ref, index)
 
     async def _each(
-        self, ref: BlobRef, indexes: Iterable[int], read: Callable[[int], bytes]
+        self, sha256: str, indexes: Iterable[int], read: Callable[[int], bytes]
     ) -> None:
         rest: Iterator[int] = iter(indexes)
 
@@ -116,14 +128,14 @@ class Publisher:
             # Several of these share one iterator: that many chunks are in memory, and no more.
             for index in rest:
                 payload = read(index)
-                topic = self._topics.chunk(ref.sha256, index)
+                topic = self._topics.chunk(sha256, index)
                 await self._bulk.publish(topic, payload, retain=True)
                 self.chunk_bytes_published += len(payload)
 
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(MAX_IN_FLIGHT):
-                    group.create_task(publish_rest(), name=f"publish-{ref.sha256[:8]}")
+                    group.create_task(publish_rest(), name=f"publish-{sha256[:8]}")
         except* LinkError as failed:
             # One refusal, not a group of eight: callers deal with what the broker said.
             raise failed.exceptions[0] from None

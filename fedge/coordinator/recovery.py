@@ -1,16 +1,30 @@
-"""What a restart makes of the store: the round that was under way, as the machine knows it."""
+"""What a restart makes of the store: the round that was under way, as the machines know it.
+
+Deadlines are kept in seconds since the epoch, so that they mean the same after a restart; a clock
+that was set back meanwhile must not prolong them, so none is further away than a whole one.
+"""
 
 from __future__ import annotations
 
-from fedge.coordinator.rounds import Phase, Round
-from fedge.coordinator.store import ParticipantStatus, RoundRecord, Store
+from collections.abc import Iterable, Iterator, Mapping
+
+from fedge.coordinator.buffer import Buffer, Flight, Key
+from fedge.coordinator.over_selection import Delivery
+from fedge.coordinator.rounds import Mode, Phase, Round, RoundPolicy
+from fedge.coordinator.store import ParticipantStatus, RoundRecord, RoundSummary, Store
 from fedge.schemas.messages import RoundPhase
 
 
 def resumed_round(
-    store: Store, record: RoundRecord, *, now: float, wall_now: float, previous: str | None
+    store: Store,
+    record: RoundRecord,
+    policy: RoundPolicy,
+    *,
+    now: float,
+    wall_now: float,
+    previous: str | None,
 ) -> Round:
-    """The round of `record` with who was asked, accepted and refused.
+    """The synchronous round of `record` with who was asked, accepted and refused.
 
     `now`: the round machine's clock; `wall_now`: seconds since the epoch, as the record's times.
     Who had checked in is not kept: devices say it again when the round is announced again.
@@ -18,13 +32,14 @@ def resumed_round(
     participants = store.participants(record.number)
     training = record.phase is RoundPhase.TRAINING
     until = record.train_until if training else record.gather_until
+    longest = policy.deadline_s if training else policy.gather_s
     failed = (ParticipantStatus.REJECTED, ParticipantStatus.FAILED)
     accepted = (p.device for p in participants if p.status is ParticipantStatus.ACCEPTED)
     return Round(
         number=record.number,
         base=record.base,
         seed=record.seed,
-        until=now + max(0.0, (until or 0.0) - wall_now),
+        until=now + _left(until, wall_now, longest),
         phase=Phase.TRAINING if training else Phase.GATHERING,
         cohort=frozenset(p.device for p in participants),
         accepted=frozenset(accepted),
@@ -33,9 +48,62 @@ def resumed_round(
     )
 
 
+def resumed_buffer(
+    store: Store,
+    record: RoundRecord,
+    policy: RoundPolicy,
+    flights: Mapping[Key, Flight],
+    *,
+    now: float,
+    wall_now: float,
+) -> Buffer:
+    """The asynchronous round of `record`, with what is in its buffer and what is under way."""
+    return Buffer(
+        number=record.number,
+        base=record.base,
+        seed=record.seed,
+        until=now + _left(record.opened_at + policy.deadline_s, wall_now, policy.deadline_s),
+        asked=frozenset(p.device for p in store.participants(record.number)),
+        flights=flights,
+        accepted=frozenset((p.round, p.device) for p in store.accepted_in(record.number)),
+    )
+
+
+def flights_of(
+    store: Store, newest: int, policy: RoundPolicy, now: float, wall_now: float
+) -> dict[Key, Flight]:
+    """The work that is under way in asynchronous mode; what is too late or stale is let go of.
+
+    In synchronous mode there is none.
+    """
+    wanted: dict[Key, Flight] = {}
+    given_up: dict[int, list[str]] = {}
+    for p in store.in_flight():
+        left_s = _left(p.until, wall_now, policy.deadline_s)
+        fresh = p.base is not None and newest - p.base <= policy.max_staleness
+        if p.base is None or not fresh or left_s <= 0 or policy.mode is not Mode.ASYNC:
+            given_up.setdefault(p.round, []).append(p.device)
+        else:
+            wanted[(p.round, p.device)] = Flight(p.base, now + left_s)
+    for asked_in, devices in given_up.items():
+        store.silence(asked_in, devices, at=wall_now)
+    return wanted
+
+
+def deliveries(closed: Iterable[RoundSummary]) -> Iterator[Delivery]:
+    """What past synchronous rounds showed about how many deliver, oldest first."""
+    for summary in closed:
+        if summary.mode == Mode.SYNC.value and summary.cohort:
+            yield Delivery(summary.cohort, summary.accepted, summary.goal)
+
+
 def last_visited(store: Store, number: int) -> str | None:
     """The device that the last cyclic round before `number` asked, None before the first."""
     for earlier in range(number - 1, 0, -1):
         for participant in store.participants(earlier):
             return participant.device
     return None
+
+
+def _left(until: float | None, wall_now: float, longest_s: float) -> float:
+    return min(longest_s, max(0.0, (until or 0.0) - wall_now))

@@ -40,7 +40,7 @@ def show_versions(versions: Sequence[VersionRecord], *, as_json: bool) -> None:
             _or_dash(version.round),
             _time(version.created_at),
             *(_number(version.metrics.get(name)) for name in names),
-            f"{version.weights.size_bytes:,} B",
+            f"{version.weights.size_bytes:,} B" if version.files_kept else "deleted",
             version.note,
         )
     console.print(table)
@@ -59,6 +59,7 @@ def show_version(version: VersionRecord, *, as_json: bool) -> None:
         "plan": version.plan_sha256,
         "weights": f"{version.weights.sha256}  {version.weights.size_bytes:,} bytes",
         "model.onnx": f"{version.model_sha256}  {version.model_bytes:,} bytes",
+        "files": "kept" if version.files_kept else "deleted, as [retention] says",
         "note": version.note or "-",
         **{name: _number(value) for name, value in version.metrics.items()},
     }
@@ -101,6 +102,8 @@ def show_round(report: RoundReport, *, as_json: bool) -> None:
     for participant in report.participants:
         table.add_row(*_participant_cells(participant))
     console.print(table)
+    if not record.details_kept:
+        console.print("its devices and refusals were deleted, as [retention] says")
     if report.refusals:
         console.print("refused:")
         refused = _table("device", "reason", "count", "latest")

@@ -32,6 +32,15 @@ from fedge.coordinator.cohort import cyclic_next, over_selected, select_cohort
 from fedge.schemas.errors import RejectReason
 
 
+class Mode(StrEnum):
+    """Whether a round waits for its cohort."""
+
+    SYNC = "sync"
+    """A cohort is asked together; the round closes at its goal or its deadline."""
+    ASYNC = "async"
+    """Devices are asked one by one; see `buffer`."""
+
+
 class Strategy(StrEnum):
     """How the next version is made."""
 
@@ -57,6 +66,8 @@ class RoundPolicy:
     `goal`: updates that close a round at once. `quorum`: fewest updates that make a version at the
     deadline. `gather_s`: after this, a quorum of ready devices is enough to begin.
     `deadline_s`: for training and upload. `retry_s`: when devices not chosen come back.
+    `ask`: devices to ask at a time, None: `goal * over_selection`.
+    `concurrency` and `max_staleness` (in versions) are for asynchronous mode.
     """
 
     goal: int
@@ -66,13 +77,17 @@ class RoundPolicy:
     deadline_s: float = 600.0
     retry_s: float = 30.0
     strategy: Strategy = Strategy.FEDAVG
+    mode: Mode = Mode.SYNC
+    concurrency: int = 1
+    max_staleness: int = 20
+    ask: int | None = None
 
     @property
     def cohort_size(self) -> int:
         """Devices to ask so that the goal is reached although some drop out."""
         if self.strategy is Strategy.CYCLIC:
             return 1
-        return over_selected(self.goal, self.over_selection)
+        return self.ask or over_selected(self.goal, self.over_selection)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +127,21 @@ class CheckedIn:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A device's update is durable and counts."""
+    """A device's update is durable and counts.
+
+    `asked_in`: the round that asked for it, None for this one.
+    """
 
     device: str
+    asked_in: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A device of the cohort will not deliver: it said so, or its update was refused."""
+    """A device will not deliver: it said so, or its update was refused. `asked_in` as above."""
 
     device: str
+    asked_in: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +181,11 @@ class Defer:
 
 @dataclass(frozen=True, slots=True)
 class Dismiss:
-    """Tell devices that still work for this round to stop."""
+    """Tell devices that still work for a round to stop: `asked_in`, or this one if it is None."""
 
     devices: tuple[str, ...]
     reason: RejectReason
+    asked_in: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,12 +233,14 @@ def step(  # noqa: PLR0911 -- one return for each event
             return _checked_in(state, device, online, policy, now)
         case TimePassed(online):
             return _time_passed(state, online, policy, now)
-        case Accepted(device):
+        case Accepted(device, _):
+            if device not in state.cohort:
+                return state, ()
             state = replace(
                 state, accepted=state.accepted | {device}, failed=state.failed - {device}
             )
             return _maybe_close(state, policy)
-        case Failed(device):
+        case Failed(device, _):
             if device not in state.cohort or device in state.accepted:
                 return state, ()
             return _maybe_close(replace(state, failed=state.failed | {device}), policy)

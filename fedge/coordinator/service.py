@@ -11,32 +11,48 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+from fedge.coordinator.admission import Admission
 from fedge.coordinator.conductor import Conductor, Surroundings
-from fedge.coordinator.evaluation import Evaluation
+from fedge.coordinator.distribution import Distribution
 from fedge.coordinator.intake import Intake
 from fedge.coordinator.journal import Journal
+from fedge.coordinator.postbox import Postbox
+from fedge.coordinator.presence import PresenceDesk
 from fedge.coordinator.publisher import Publisher, announcement_of, plan_blobs
 from fedge.coordinator.settings import ResolvedTraining, RoundSettings
-from fedge.coordinator.store import Store, VersionRecord
+from fedge.coordinator.store import Retention, Store, VersionRecord
+from fedge.coordinator.succession import Succession
 from fedge.coordinator.uploads import Upload, UploadDesk
 from fedge.coordinator.version_maker import VersionMaker
 from fedge.coordinator.workers import Workers
 from fedge.schemas import messages, topics
 from fedge.schemas.blobs import BlobRef, ChunkSet
-from fedge.schemas.errors import FedgeError, LinkClosed, LinkError, PeerError, RejectReason
-from fedge.schemas.ids import Digest
+from fedge.schemas.errors import (
+    FedgeError,
+    LinkClosed,
+    LinkError,
+    PeerError,
+    RejectReason,
+    StoreUnavailable,
+)
 from fedge.schemas.link.protocol import Delivery, Link, LinkDown, LinkUp
 from fedge.schemas.logs import EventLog
-from fedge.schemas.messages import Message, RoundPhase
+from fedge.schemas.messages import Message
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.topics import Address, Channel, Topics
 
 log = EventLog(__name__)
 
-Evaluate = Callable[[VersionRecord], Evaluation]
+PUBLISH_AGAIN_S = 5.0
+"""What could not be published because the disk refused is tried again after so long."""
+
+if TYPE_CHECKING:
+    from fedge.coordinator.evaluation import Evaluation  # loads onnxruntime
+
+    Evaluate = Callable[[VersionRecord], Evaluation]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +86,7 @@ class Coordinator:
         training: ResolvedTraining,
         seed: int,
         look_again: asyncio.Event,
+        retention: Retention | None = None,
         evaluate: Evaluate | None = None,
         evaluate_every: int = 1,
         clock: Callable[[], float] = time.monotonic,
@@ -81,14 +98,24 @@ class Coordinator:
         self._look_again = look_again
         self._control = control
         self._bulk = bulk
-        self._checkin_spread_s = round_settings.checkin_spread_s
+        self._max_devices = round_settings.max_devices
+        self._retention = retention
         self._evaluate = evaluate
         self._evaluate_every = evaluate_every
         self._clock = clock
+        self._wall_clock = wall_clock
+        self._published: int | None = None
 
         self._topics = Topics(population)
         self._workers = Workers()
         self._publisher = Publisher(control, bulk, self._topics, store.blobs)
+        self._distribution = Distribution(
+            plan_blobs(plan.manifest, plan.ref),
+            publisher=self._publisher,
+            store=store,
+            workers=self._workers,
+            clock=clock,
+        )
         self._intake = Intake(
             store,
             plan.manifest,
@@ -97,16 +124,26 @@ class Coordinator:
             wall_clock=wall_clock,
         )
         self._journal = Journal(store, self._workers, wall_clock)
-        self._boots: dict[str, int] = {}
-        self._online: set[str] = set()
         self._timer_due = asyncio.Event()
+        self._presence = PresenceDesk(
+            self._journal,
+            self._publisher,
+            self._control,
+            self._topics,
+            answers_per_s=round_settings.checkins_per_s,
+            clock=clock,
+            wake=self._timer_due.set,
+        )
+        self._admission = Admission((), limit=round_settings.max_devices)
+        self._postbox = Postbox(control, self._topics)
+        self._settling: set[tuple[str, int]] = set()
         self._complete: asyncio.Queue[Upload] = asyncio.Queue()
-        self._to_seed = asyncio.Event()
-        self._publishing = asyncio.Lock()
+        self._to_publish = asyncio.Event()
         self._group: asyncio.TaskGroup
+        self._succession = Succession(store, maker, self._workers)
         self._conductor = Conductor(
             store=store,
-            maker=maker,
+            succession=self._succession,
             intake=self._intake,
             desk=desk,
             journal=self._journal,
@@ -116,12 +153,11 @@ class Coordinator:
             plan_sha256=plan.ref.sha256,
             seed=seed,
             around=Surroundings(
-                tell=self._tell,
+                tell=self._postbox.send,
                 start=self._start,
-                publish=self._publish,
-                announce_round=self._announce_round,
+                publish=self._to_publish.set,
                 wake=self._timer_due.set,
-                online=lambda: frozenset(self._online),
+                online=lambda: self._presence.online,
                 clock=clock,
                 wall_clock=wall_clock,
             ),
@@ -130,6 +166,9 @@ class Coordinator:
     async def run(self) -> None:
         """Serves until cancelled; what was begun is taken up again by the next start."""
         await self._conductor.recover()
+        devices = await self._workers.durable(self._store.devices)
+        self._presence.recover(device.name for device in devices if device.online)
+        self._admission = Admission((d.name for d in devices), limit=self._max_devices)
         try:
             async with asyncio.TaskGroup() as self._group:
                 await self._control.subscribe(*self._topics.coordinator_control)
@@ -139,7 +178,8 @@ class Coordinator:
                 for work, name in (
                     (self._read(self._control), "read-control"),
                     (self._read(self._bulk), "read-bulk"),
-                    (self._keep_seeded(), "seed"),
+                    (self._keep_published(), "publish"),
+                    (self._postbox.run(), "postbox"),
                     (self._keep_time(), "time"),
                     (self._finish_uploads(), "finish"),
                     (self._journal.keep(), "journal"),
@@ -166,16 +206,21 @@ class Coordinator:
             event = await link.next_event()
             match event:
                 case LinkUp():
-                    if link is self._bulk:
-                        self._publisher.forget()
-                    if self._both_are_up():
-                        self._desk.heard_again(self._clock())
-                        self._to_seed.set()
+                    self._came_up(link)
                 case LinkDown():
                     continue
                 case Delivery():
                     self._receive(event)
                     link.ack(event)
+
+    def _came_up(self, link: Link) -> None:
+        if link is self._bulk:
+            self._publisher.forget()
+        else:
+            self._start(self._presence.call_roll(), "roll")
+        if self._both_are_up():
+            self._desk.heard_again(self._clock())
+            self._to_publish.set()
 
     def _receive(self, delivery: Delivery) -> None:
         try:
@@ -188,13 +233,30 @@ class Coordinator:
             if address.channel is Channel.UP_BULK:
                 self._receive_chunk(address, delivery.payload)
             elif address.message is not None and address.device is not None:
+                self._admission.admit(address.device, self._clock())
                 message = messages.decode(address.message, delivery.payload)
-                self._dispatch(address.device, message)
+                self._dispatch(address.device, message, retained=delivery.retained)
         except PeerError as error:
-            device = topics.device_in(delivery.topic)
-            self._journal.refused(device, error, self._conductor.round_number)
+            self._refuse(topics.device_in(delivery.topic), error)
+        except StoreUnavailable as error:
+            # No receipt, no credit: the device says it again, and meanwhile somebody makes space.
+            self._workers.storage.failed(error)
 
-    def _dispatch(self, device: str, message: Message) -> None:
+    def _refuse(self, device: str | None, error: PeerError) -> None:
+        if device is not None and error.reason is not RejectReason.LIMIT_EXCEEDED:
+            try:
+                self._admission.admit(device, self._clock())
+            except PeerError as too_often:
+                error = too_often
+        if device is not None and not self._admission.is_known(device):
+            device = None
+        self._journal.refused(device, error, self._conductor.round_number)
+
+    def _dispatch(self, device: str, message: Message, *, retained: bool) -> None:
+        if isinstance(message, messages.Presence):
+            self._presence.heard(device, message, retained=retained)
+            return
+        self._presence.spoke(device)
         match message:
             case messages.Checkin():
                 self._journal.saw(device, examples=message.examples, version=message.version)
@@ -203,22 +265,41 @@ class Coordinator:
                 self._offered(device, message)
             case messages.Need():
                 missing = ChunkSet.decode(message.missing, message.chunk_count)
-                self._start(self._repeat(message.sha256, missing), f"repeat-{device}")
+                self._start(self._distribution.repeat(message.sha256, missing), f"repeat-{device}")
             case messages.Report():
                 self._reported(device, message)
-            case messages.Presence():
-                self._present(device, message)
 
     def _offered(self, device: str, offer: messages.Offer) -> None:
-        now_open = self._conductor.open_round()
+        awaited = self._conductor.awaited(device, offer.round)
+        if awaited is None:
+            if (device, offer.round) not in self._settling:
+                self._settling.add((device, offer.round))
+                self._start(self._settle(device, offer), f"settle-{device}")
+            return
         try:
-            replies = self._intake.offered(device, offer, now_open, self._clock())
+            replies = self._intake.awaited(device, offer, awaited, self._clock())
         except PeerError as error:
             self._conductor.reject(device, offer, error)
             return
         self._conductor.offered(device, offer)
         self._tell_all(replies)
+        whole = self._desk.arrived(device)
+        if whole is not None:
+            self._complete.put_nowait(whole)
         self._timer_due.set()
+
+    async def _settle(self, device: str, offer: messages.Offer) -> None:
+        number = self._conductor.round_number
+        try:
+            receipt = await self._workers.durable(
+                lambda: self._intake.settled(device, offer, number)
+            )
+        except PeerError as error:
+            self._conductor.reject(device, offer, error)
+        else:
+            self._postbox.send(device, receipt)
+        finally:
+            self._settling.discard((device, offer.round))
 
     def _receive_chunk(self, address: Address, payload: bytes) -> None:
         if address.device is None or address.sha256 is None or address.chunk is None:
@@ -244,27 +325,17 @@ class Coordinator:
         if report.kind is messages.ReportKind.TRAINING_FAILED:
             self._conductor.training_failed(device, report.round, report.detail)
 
-    def _present(self, device: str, presence: messages.Presence) -> None:
-        if not presence.online and presence.boot < self._boots.get(device, 0):
-            # The will of an earlier life: the device has started again since.
-            return
-        self._boots[device] = presence.boot
-        (self._online.add if presence.online else self._online.discard)(device)
-        self._journal.saw(
-            device,
-            boot=presence.boot,
-            online=presence.online,
-            agent_version=presence.agent_version or None,
-        )
-        log.info("device_online" if presence.online else "device_offline", device=device)
-
     async def _finish_uploads(self) -> None:
         while True:
             self._tell_all(await self._conductor.finish(await self._complete.get()))
 
     async def _keep_time(self) -> None:
         while True:
-            times = [self._desk.next_expiry(), self._conductor.next_deadline()]
+            times = [
+                self._desk.next_expiry(),
+                self._conductor.next_deadline(),
+                self._presence.next_deadline,
+            ]
             wake = min((t for t in times if t is not None), default=None)
             delay_s = None if wake is None else max(0.0, wake - self._clock())
             try:
@@ -275,15 +346,19 @@ class Coordinator:
                     self._tell_all(self._desk.expired(self._clock()))
                 else:
                     self._desk.heard_again(self._clock())
+                self._presence.time_passed()
                 self._conductor.time_passed()
             self._timer_due.clear()
 
     # ------------------------------------------------------------ publishing
 
-    async def _keep_seeded(self) -> None:
+    async def _keep_published(self) -> None:
         while True:
-            await self._to_seed.wait()
-            self._to_seed.clear()
+            await self._to_publish.wait()
+            self._to_publish.clear()
+            if not self._both_are_up():
+                # The next connection asks for it again.
+                continue
             try:
                 await self._publish()
             except LinkClosed:
@@ -291,60 +366,53 @@ class Coordinator:
             except LinkError as error:
                 # The next connection tries again; what is wrong until then is the operator's.
                 log.error("not_published", reason=str(error))
+            except StoreUnavailable as error:
+                log.error("not_published", reason=str(error))
+                self._start(self._publish_later(), "publish-later")
+
+    async def _publish_later(self) -> None:
+        await asyncio.sleep(PUBLISH_AGAIN_S)
+        self._to_publish.set()
 
     def _both_are_up(self) -> bool:
         return self._control.connected and self._bulk.connected
 
     async def _publish(self) -> None:
         """The newest version, then the round: the next one is opened if there is none."""
-        async with self._publishing:
-            version = self._conductor.newest
-            plan = plan_blobs(self._plan.manifest, self._plan.ref)
-            await self._publisher.seed((*plan, version.weights, version.golden))
-            await self._publisher.announce(announcement_of(version, self._plan.ref))
+        version = self._succession.newest
+        await self._distribution.bring(version)
+        fresh = version.number != self._published
+        await self._publisher.announce(announcement_of(version, self._plan.ref))
+        if fresh:
+            self._published = version.number
             log.info(
                 "version_published",
                 version=version.number,
                 weights_bytes=version.weights.size_bytes,
                 published_bytes=self._publisher.chunk_bytes_published,
             )
-            await self._conductor.open_next_round()
-            await self._announce_round(self._conductor.announced_phase)
+        await self._conductor.open_next_round()
+        announcement = self._conductor.announcement()
+        if announcement is not None:
+            await self._publisher.announce(announcement)
+        if fresh:
+            self._after_publishing(version)
+
+    def _after_publishing(self, version: VersionRecord) -> None:
         due = version.number % self._evaluate_every == 0
         if self._evaluate is not None and due and "loss" not in version.metrics:
             self._start(self._measure(version, self._evaluate), f"measure-{version.number}")
-        await self._clear_old(version)
+        self._start(self._clean_up(version), f"clean-up-{version.number}")
 
-    async def _announce_round(self, phase: RoundPhase) -> None:
-        state = self._conductor.round
-        last = self._store.newest_round() if state is None else None
-        number = state.number if state is not None else last.number if last is not None else None
-        if number is not None:
-            await self._publisher.announce(
-                messages.RoundAnnouncement(
-                    round=number,
-                    base=self._conductor.newest.number if state is None else state.base,
-                    phase=phase,
-                    checkin_spread_s=self._checkin_spread_s,
-                )
+    async def _clean_up(self, newest: VersionRecord) -> None:
+        await self._distribution.clear_before(newest)
+        if self._retention is not None:
+            retention = self._retention
+            collected = await self._workers.measure(
+                lambda: self._store.collect(retention, now=self._wall_clock())
             )
-
-    async def _clear_old(self, newest: VersionRecord) -> None:
-        """Devices fetch the newest; the one before stays for those that are in the middle of it."""
-        old, before = (self._store.version(newest.number - age) for age in (2, 1))
-        if old is None or before is None:
-            return
-        kept = {ref.sha256 for one in (newest, before) for ref in (one.weights, one.golden)}
-        await self._publisher.clear(
-            ref for ref in (old.weights, old.golden) if ref.sha256 not in kept
-        )
-
-    async def _repeat(self, sha256: Digest, missing: ChunkSet) -> None:
-        version = self._conductor.newest
-        plan = plan_blobs(self._plan.manifest, self._plan.ref)
-        for ref in (*plan, version.weights, version.golden):
-            if ref.sha256 == sha256 and ref.chunk_count == missing.chunk_count:
-                await self._publisher.repeat(ref, missing)
+            if collected.bytes_freed:
+                log.info("collected", **asdict(collected))
 
     async def _measure(self, version: VersionRecord, evaluate: Evaluate) -> None:
         try:
@@ -354,21 +422,26 @@ class Coordinator:
             return
         metrics = {"loss": found.loss, **found.metrics}
         await self._workers.durable(lambda: self._store.record_metrics(version.number, metrics))
-        self._conductor.measured(replace(version, metrics=metrics))
+        self._succession.measured(replace(version, metrics=metrics))
         log.info("version_evaluated", version=version.number, examples=found.examples, **metrics)
 
     # ------------------------------------------------------------ carrying
 
     def _tell_all(self, replies: Iterable[tuple[str, Message]]) -> None:
         for device, message in replies:
-            self._tell(device, message)
-
-    def _tell(self, device: str, message: Message) -> None:
-        topic = self._topics.down(device, type(message))
-        self._start(self._control.publish(topic, messages.encode(message)), f"tell-{device}")
+            self._postbox.send(device, message)
 
     def _start(self, work: Coroutine[Any, Any, Any], name: str) -> None:
-        self._group.create_task(_carried(work, name), name=name)
+        carried = _carried(work, name)
+        try:
+            task = self._group.create_task(carried, name=name)
+        except RuntimeError:
+            # The group is ending: what was begun is taken up by the next start.
+            carried.close()
+            work.close()
+        else:
+            # A task that is cancelled before it begins never looks at its work.
+            task.add_done_callback(lambda _: work.close())
 
 
 async def _carried(work: Coroutine[Any, Any, Any], name: str) -> None:
@@ -377,5 +450,5 @@ async def _carried(work: Coroutine[Any, Any, Any], name: str) -> None:
     except LinkClosed:
         # The links close last; what still wanted to send has nobody to send it for.
         return
-    except (LinkError, PeerError) as error:
+    except (LinkError, PeerError, StoreUnavailable) as error:
         log.error("not_carried_out", what=name, reason=str(error))

@@ -1,8 +1,9 @@
 """From a configuration to a running coordinator: opens the state, finds or compiles the plan.
 
 A population keeps its plan: the first start compiles the task and stores what came out; later
-starts read it back, and refuse a task whose interface has changed since. Torch is imported here and
-below.
+starts read it back, and refuse a task whose interface has changed since. Importing torch takes
+seconds, in which a fleet would wait for nothing: a start that has its plan serves at once, and
+loads the task beside that.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from fedge.coordinator.evaluation import Evaluation, Evaluator
-from fedge.coordinator.release import Releaser
 from fedge.coordinator.server_optimizer import server_optimizer
 from fedge.coordinator.service import Coordinator, Plan
 from fedge.coordinator.settings import Settings
 from fedge.coordinator.store import PlanRecord, Store, VersionRecord
-from fedge.coordinator.task import Task, load_task
-from fedge.coordinator.testset import load_test_set
+from fedge.coordinator.store.housekeeping import plan_digests
 from fedge.coordinator.uploads import UploadDesk
 from fedge.coordinator.version_maker import VersionMaker
 from fedge.schemas.blob_files import BlobDirectory
@@ -34,6 +34,11 @@ from fedge.schemas.ids import Digest
 from fedge.schemas.logs import EventLog
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensors import Tensors, read_tensors
+
+if TYPE_CHECKING:
+    from fedge.coordinator.evaluation import Evaluation
+    from fedge.coordinator.release import Release, Releaser
+    from fedge.coordinator.task import Task
 
 log = EventLog(__name__)
 
@@ -46,47 +51,94 @@ async def serve(settings: Settings) -> None:
     # From the moment that the state is locked, other commands may send the signal.
     look_again = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, look_again.set)
-    task = await asyncio.to_thread(load_task, settings.task)
-    with Store.open(settings.state_dir, create=True, serve=True) as store:
+    task = LoadedTask(settings.task)
+    with Store.open(
+        settings.state_dir,
+        settings.store.database,
+        blobs=settings.store.blobs,
+        create=True,
+        serve=True,
+    ) as store:
         store.bind_population(settings.population)
-        plan, initial = await prepare_plan(store, task, settings)
+        newest = store.newest_version()
+        if newest is None:
+            plan, initial = await compile_plan(store, task, settings)
+            fingerprint = None
+        else:
+            plan, fingerprint = stored_plan(store, newest)
+            initial = {}
         coordinator = _coordinator(
             settings, store, task, plan, initial=initial, look_again=look_again
         )
         del initial
-        await coordinator.run()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(coordinator.run(), name="coordinator")
+            if fingerprint is not None:
+                group.create_task(_check_task(task, fingerprint), name="check-task")
 
 
-async def prepare_plan(store: Store, task: Task, settings: Settings) -> tuple[Plan, Tensors]:
-    """The population's plan: stored by an earlier start, or compiled now and stored.
+class LoadedTask:
+    """The operator's task, loaded when it is first asked for, once. For several threads."""
 
-    With it the initial weights, which are empty where there is a version already.
+    def __init__(self, reference: str) -> None:
+        self._reference = reference
+        self._lock = threading.Lock()
+        self._task: Task | None = None
 
-    Raises `ConfigError` if the task is not the one that the stored plan was compiled from, and
-    `PlanError` if it cannot be compiled.
+    def get(self) -> Task:
+        """The task. Raises `ConfigError` if it cannot be loaded."""
+        from fedge.coordinator.task import load_task  # noqa: PLC0415 -- imports torch
+
+        with self._lock:
+            if self._task is None:
+                self._task = load_task(self._reference)
+            return self._task
+
+
+def stored_plan(store: Store, newest: VersionRecord) -> tuple[Plan, str]:
+    """The plan of the population's versions, and the fingerprint of the task it was made from.
+
+    Raises `ConfigError` if the store has lost it.
     """
-    fingerprint = fingerprint_of(task)
-    newest = store.newest_version()
-    if newest is not None:
-        record = store.plan(newest.plan_sha256)
-        if record is None or record.task_fingerprint != fingerprint:
-            made_from = "a lost plan" if record is None else f"task {record.task!r}"
-            raise ConfigError(
-                f"this state holds versions of {made_from}, compiled from other settings than "
-                f"task {task.name!r} has now; serve a changed task as a new population with a "
-                "state_dir of its own"
-            )
-        return Plan(PlanManifest.decode(store.blobs.read(record.ref.sha256)), record.ref), {}
+    record = store.plan(newest.plan_sha256)
+    if record is None:
+        raise ConfigError(
+            f"this state holds versions of a plan that is not in it ({newest.plan_sha256[:12]}): "
+            "see `fedge db check`, and restore a backup"
+        )
+    manifest = PlanManifest.decode(store.blobs.read(record.ref.sha256))
+    return Plan(manifest, record.ref), record.task_fingerprint
+
+
+async def _check_task(task: LoadedTask, fingerprint: str) -> None:
+    loaded = await asyncio.to_thread(task.get)
+    if await asyncio.to_thread(fingerprint_of, loaded) != fingerprint:
+        raise ConfigError(
+            f"this state holds versions of a task compiled from other settings than task "
+            f"{loaded.name!r} has now; serve a changed task as a new population with a state_dir "
+            "of its own"
+        )
+    log.info("task_loaded", task=loaded.name)
+
+
+async def compile_plan(store: Store, task: LoadedTask, settings: Settings) -> tuple[Plan, Tensors]:
+    """A new population's plan, compiled now and stored, and the initial weights.
+
+    Raises `ConfigError` if the task cannot be loaded, `PlanError` if it cannot be compiled.
+    """
+    loaded = await asyncio.to_thread(task.get)
     started = time.monotonic()
-    log.info("plan_compiling", task=task.name)
+    log.info("plan_compiling", task=loaded.name)
     plan_sha256, weights_sha256 = await _compile(settings.task, store.blobs)
     encoded = store.blobs.read(plan_sha256)
     manifest = PlanManifest.decode(encoded)
     ref = describe(encoded, settings.chunk_bytes)
-    store.record_plan(PlanRecord(ref, task.name, fingerprint, time.time()))
+    # The compiler's process has written its files into the folder, and no further.
+    await asyncio.to_thread(store.blobs.secure, plan_digests(manifest, plan_sha256))
+    store.record_plan(PlanRecord(ref, loaded.name, fingerprint_of(loaded), time.time()))
     log.info(
         "plan_compiled",
-        task=task.name,
+        task=loaded.name,
         plan=ref.sha256[:12],
         graphs_bytes=sum(
             graph.size_bytes
@@ -149,25 +201,18 @@ def fingerprint_of(task: Task) -> str:
 def _coordinator(
     settings: Settings,
     store: Store,
-    task: Task,
+    task: LoadedTask,
     plan: Plan,
     *,
     initial: Tensors,
     look_again: asyncio.Event,
 ) -> Coordinator:
     manifest = plan.manifest
-    plan_files = (manifest.graphs.infer.sha256, manifest.golden.sha256)
-    releaser = Releaser(
-        task.new_model,
-        manifest,
-        {digest: store.blobs.read(digest) for digest in plan_files},
-        chunk_bytes=settings.chunk_bytes,
-    )
     maker = VersionMaker(
         blobs=store.blobs,
         manifest=manifest,
         plan_sha256=plan.ref.sha256,
-        build=releaser.build,
+        build=_build(task, manifest, store.blobs, settings.chunk_bytes),
         optimizer=server_optimizer(settings.server_optimizer, manifest.weights),
         initial=initial,
         weighting=settings.round.weighting,
@@ -195,9 +240,34 @@ def _coordinator(
         training=settings.training.over(manifest.defaults),
         seed=settings.seed,
         look_again=look_again,
+        retention=settings.retention.wish,
         evaluate=_evaluation(settings, store, manifest),
         evaluate_every=1 if settings.evaluation is None else settings.evaluation.every,
     )
+
+
+def _build(
+    task: LoadedTask, manifest: PlanManifest, blobs: BlobDirectory, chunk_bytes: int
+) -> Callable[[Tensors], Release]:
+    """Exports and checks a version's weights; what that takes is loaded with the first version."""
+    releasers: list[Releaser] = []
+
+    def build(weights: Tensors) -> Release:
+        if not releasers:
+            from fedge.coordinator.release import Releaser  # noqa: PLC0415 -- imports torch
+
+            files = (manifest.graphs.infer.sha256, manifest.golden.sha256)
+            releasers.append(
+                Releaser(
+                    task.get().new_model,
+                    manifest,
+                    {digest: blobs.read(digest) for digest in files},
+                    chunk_bytes=chunk_bytes,
+                )
+            )
+        return releasers[0].build(weights)
+
+    return build
 
 
 def _evaluation(
@@ -205,6 +275,9 @@ def _evaluation(
 ) -> Callable[[VersionRecord], Evaluation] | None:
     if settings.evaluation is None:
         return None
+    from fedge.coordinator.evaluation import Evaluator  # noqa: PLC0415 -- loads onnxruntime
+    from fedge.coordinator.testset import load_test_set  # noqa: PLC0415 -- as above
+
     evaluator = Evaluator(
         manifest,
         store.blobs.read(manifest.graphs.eval.sha256),

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedge.coordinator.aggregation import Weighting
-from fedge.coordinator.rounds import RoundPolicy, Strategy, quorum_of
+from fedge.coordinator.rounds import Mode, RoundPolicy, Strategy, quorum_of
 from fedge.coordinator.server_optimizer import ServerOptimizerConfig, SgdConfig
+from fedge.coordinator.store import Retention
 from fedge.coordinator.uploads import SAFE_QUEUE_MESSAGES
 from fedge.schemas.blobs import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES, MIN_CHUNK_BYTES
 from fedge.schemas.ids import PopulationName, Seed
 from fedge.schemas.link.broker import BrokerSettings
 from fedge.schemas.plan import TrainingDefaults
 from fedge.schemas.toml_settings import read_toml
+
+CONCURRENCY_FACTOR = 4
+"""Devices that train at a time for each update of the goal, in asynchronous mode."""
 
 
 class _Table(BaseModel):
@@ -29,6 +34,8 @@ class _Table(BaseModel):
 class RoundSettings(_Table):
     """`[round]`: see `RoundPolicy`. `versions`: stop after this many; without it, go on.
 
+    `concurrency`: in asynchronous mode, devices that train at a time; without it 4 for each update
+    of the goal. `checkins_per_s`: a large fleet is spread so that no more come.
     `max_update_norm`: L2 in weight units; a larger update is refused. The default only stops
     absurd numbers: set it near what honest devices send.
     `weighting`: `examples` as in FedAvg, or `uniform`, so that no device gains weight by its claim.
@@ -41,7 +48,12 @@ class RoundSettings(_Table):
     deadline_s: Annotated[float, Field(gt=0)] = 600.0
     retry_s: Annotated[float, Field(ge=0)] = 0.0
     checkin_spread_s: Annotated[float, Field(ge=0)] = 0.0
+    mode: Mode = Mode.SYNC
     strategy: Strategy = Strategy.FEDAVG
+    concurrency: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    max_staleness: Annotated[int, Field(ge=0, le=10_000)] = 20
+    checkins_per_s: Annotated[float, Field(gt=0)] = 500.0
+    max_devices: Annotated[int, Field(ge=1)] = 100_000
     weighting: Weighting = Weighting.EXAMPLES
     versions: Annotated[int, Field(ge=1)] | None = None
     max_update_norm: Annotated[float, Field(gt=0)] = 1e4
@@ -50,6 +62,14 @@ class RoundSettings(_Table):
     def _quorum_within_goal(self) -> RoundSettings:
         if self.quorum is not None and self.quorum > self.goal:
             raise ValueError(f"quorum {self.quorum} is above the goal {self.goal}")
+        return self
+
+    @model_validator(mode="after")
+    def _asynchronous_settings(self) -> RoundSettings:
+        if self.mode is Mode.ASYNC and self.strategy is Strategy.CYCLIC:
+            raise ValueError("strategy 'cyclic' is one device after another: it needs mode 'sync'")
+        if self.concurrency is not None and self.concurrency < self.goal:
+            raise ValueError(f"concurrency {self.concurrency} is below the goal {self.goal}")
         return self
 
     @property
@@ -63,6 +83,9 @@ class RoundSettings(_Table):
             deadline_s=self.deadline_s,
             retry_s=self.retry_s,
             strategy=self.strategy,
+            mode=self.mode,
+            concurrency=self.concurrency or CONCURRENCY_FACTOR * self.goal,
+            max_staleness=self.max_staleness,
         )
 
 
@@ -119,6 +142,60 @@ class EvaluationSettings(_Table):
     threads: Annotated[int, Field(ge=1, le=64)] = 1
 
 
+class StoreSettings(_Table):
+    """`[store]`: where the state lies, if not all of it in `state_dir`.
+
+    `database`: the URL of a PostgreSQL database. `blobs`: an fsspec URL, such as `s3://…`.
+    """
+
+    database: str | None = None
+    blobs: str | None = None
+
+    @field_validator("database", "blobs")
+    @classmethod
+    def _no_password(cls, url: str | None) -> str | None:
+        # A password in a configuration is read by whoever reads the file, and is in every copy.
+        if url is not None and (urlsplit(url).password or "password=" in urlsplit(url).query):
+            raise ValueError(
+                "a password never stands in a configuration: for PostgreSQL put it into ~/.pgpass "
+                "or the file that PGPASSFILE names, for other places as their driver says"
+            )
+        return url
+
+    @field_validator("database")
+    @classmethod
+    def _is_postgresql(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("postgresql:", "postgresql+psycopg:")):
+            raise ValueError(
+                "write postgresql+psycopg://user@host/database; without this key the database is "
+                "an SQLite file in state_dir"
+            )
+        return url
+
+    @field_validator("blobs")
+    @classmethod
+    def _is_a_url(cls, url: str | None) -> str | None:
+        if url is not None and "://" not in url:
+            raise ValueError(
+                "write a URL, such as s3://bucket/folder or file:///mnt/folder; without this key "
+                "the blobs are files in state_dir"
+            )
+        return url
+
+
+class RetentionSettings(_Table):
+    """`[retention]`: see `Retention`; what is left out is kept for good."""
+
+    versions: Annotated[int, Field(ge=2)] | None = None
+    rounds: Annotated[int, Field(ge=1)] | None = None
+    devices_unseen_days: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def wish(self) -> Retention:
+        """What the store is given."""
+        return Retention(self.versions, self.rounds, self.devices_unseen_days)
+
+
 class Settings(_Table):
     """The file. `task`: a built-in name, `file.py:attribute` or `package.module:attribute`."""
 
@@ -134,6 +211,8 @@ class Settings(_Table):
     uploads: UploadSettings = UploadSettings()
     server_optimizer: ServerOptimizerConfig = SgdConfig()
     evaluation: EvaluationSettings | None = None
+    store: StoreSettings = StoreSettings()
+    retention: RetentionSettings = RetentionSettings()
 
 
 def load(path: Path) -> Settings:

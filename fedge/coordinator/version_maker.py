@@ -8,10 +8,9 @@ written blobs, which nobody names yet, and changed nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fedge.coordinator.aggregation import Weighting, aggregate
-from fedge.coordinator.release import Release
+from fedge.coordinator.aggregation import AcceptedUpdate, Weighting, aggregate
 from fedge.coordinator.server_optimizer import ServerOptimizer
 from fedge.coordinator.store import VersionRecord
 from fedge.schemas.blob_files import BlobDirectory
@@ -19,7 +18,10 @@ from fedge.schemas.ids import Digest, sha256
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensors import Array, Tensors, encode_tensors, read_tensors
 
-Build = Callable[[Tensors], Release]
+if TYPE_CHECKING:
+    from fedge.coordinator.release import Release  # imports torch, which a restart does without
+
+    Build = Callable[[Tensors], Release]
 
 
 class VersionMaker:
@@ -68,16 +70,15 @@ class VersionMaker:
         self,
         base: VersionRecord,
         round_number: int,
-        updates: Sequence[tuple[Path, int]],
+        updates: Sequence[AcceptedUpdate],
         now: float,
     ) -> VersionRecord:
-        """The version after `base`, from the updates' files and their example counts, in order.
+        """The version after `base`, from the updates in order.
 
         Raises `ParityFailed` if the export fails the gate, `PeerError` for a damaged update,
         `ValueError` if there are no updates.
         """
-        weighted = [(path, self._weighting.weight(examples)) for path, examples in updates]
-        mean = aggregate(weighted, self._manifest.update_specs)
+        mean = aggregate(updates, self._manifest.update_specs, weighting=self._weighting)
         weights, state = self._optimizer.apply(self._weights, mean, self._server_state(base))
         del mean
         self._made = weights

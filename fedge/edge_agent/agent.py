@@ -3,95 +3,147 @@
 Control messages and chunks travel over separate sessions, so that a download never delays an
 assignment. Training and activation run in the trainer's process; this one never loads a model.
 What the coordinator may ask twice is done once: the machine knows what is under way, the state
-file knows what was done.
+file knows what was done. A disk that is full, a broker that is away or a process that was killed
+ends nothing here: each is waited for where it matters.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
-from collections.abc import Coroutine
-from pathlib import Path
+import time
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fedge import __version__
-from fedge.edge_agent import machine
+from fedge.edge_agent import commands, events, machine
 from fedge.edge_agent.activator import Activator
+from fedge.edge_agent.contributor import Contributor
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.download import Downloads
-from fedge.edge_agent.engines import EngineName
+from fedge.edge_agent.durable import disk
 from fedge.edge_agent.library import Library
+from fedge.edge_agent.offers import Offers
+from fedge.edge_agent.outbox import Outbox
+from fedge.edge_agent.pacing import Pacing
+from fedge.edge_agent.presence import Presence, next_boot
 from fedge.edge_agent.settings import Settings
 from fedge.edge_agent.state import AgentState
-from fedge.edge_agent.trainer.jobs import CountJob, Progressed, Trained, TrainJob
-from fedge.edge_agent.trainer.process import Trainer
-from fedge.edge_agent.training_settings import TrainingSettings
+from fedge.edge_agent.storage_watch import StorageWatch
+from fedge.edge_agent.trainer.jobs import CountJob
+from fedge.edge_agent.trainer.process import Trainer, TrainerKilled
 from fedge.edge_agent.upload import Uploads
+from fedge.edge_agent.versions import Versions
 from fedge.schemas import messages, topics
 from fedge.schemas.errors import (
-    FedgeError,
     LinkClosed,
     LinkError,
     PeerError,
     StoreError,
+    StoreUnavailable,
     TrainingFailed,
 )
-from fedge.schemas.ids import new_message_id
-from fedge.schemas.link.protocol import Delivery, Link, LinkDown, LinkUp, Will
+from fedge.schemas.link.protocol import Delivery, Link, LinkDown, LinkUp
 from fedge.schemas.logs import EventLog
-from fedge.schemas.messages import Assignment, Message, Offer, ReportKind, VersionAnnouncement
+from fedge.schemas.messages import Assignment, Message, ReportKind
 from fedge.schemas.state_lock import StateLock
 from fedge.schemas.topics import Address, Channel, Topics
 
 log = EventLog(__name__)
 
-OFFER_AGAIN_S = 30.0
-"""An offer that has no receipt after so long is said again: brokers drop what they acknowledged."""
+COUNT_TRIES = 3
+"""For a training process that is killed while it counts the examples."""
 
 
 class EdgeAgent:
     """One device. `run` ends when it is cancelled; what was begun goes on at the next start.
 
-    `trainer` may be shared by the virtual devices of a fleet. `rng`: jitter.
+    `trainer` may be shared by the virtual devices of a fleet. `rng`: jitter. `wall_clock`: seconds
+    since the epoch, for the boot number alone.
+    Raises `StoreError` for a state folder that cannot be used, and `ConfigError` if another agent
+    uses it.
     """
 
-    def __init__(self, settings: Settings, trainer: Trainer, rng: random.Random) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        trainer: Trainer,
+        rng: random.Random,
+        *,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         self._device = settings.device
-        self._engine: EngineName = settings.engine
-        self._threads = settings.trainer.threads
         self._data: DataConfig | None = settings.data
         self._trainer = trainer
         self._rng = rng
         self._topics = Topics(settings.population)
 
-        settings.state_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = StateLock(settings.state_dir, "agent")
-        self._outbox_dir = settings.state_dir / "outbox"
-        self._outbox_dir.mkdir(exist_ok=True)
-        self._library = Library(settings.state_dir)
-        self._memory = AgentState(settings.state_dir / "agent.sqlite")
-        self._boot = self._memory.next_boot()
-        self._outbox: dict[int, Offer] = self._memory.outbox()
-        self._held = self._memory.announcement()
+        state_dir = settings.state_dir
+        with disk(f"use the state folder {state_dir}"):
+            state_dir.mkdir(parents=True, exist_ok=True)
+            if not os.access(state_dir, os.W_OK):
+                raise StoreUnavailable(f"the state folder {state_dir} cannot be written")
+            self._lock = StateLock(state_dir, "agent")
+        library = Library(state_dir, settings.storage.cache_limit_bytes)
+        self._memory = AgentState.open_whole(state_dir / "agent.sqlite")
+        boot = next_boot(self._memory, state_dir / "boot", wall_clock())
+        self._outbox = Outbox(self._memory, state_dir / "outbox", self._device)
+        self._storage = StorageWatch(self._device)
+        self._presence = Presence(self._topics, self._device, boot)
 
         # Dots are in no name, so no two sessions of a broker can have one identifier.
         prefix = f"fedge.{settings.population}.device.{settings.device}"
-        self._control = settings.broker.link(f"{prefix}.control", rng, will=self._will())
+        self._control = settings.broker.link(f"{prefix}.control", rng, will=self._presence.will)
         self._bulk = settings.broker.link(f"{prefix}.bulk", rng)
-        self._downloads = Downloads(self._bulk, self._topics, self._library.blobs, self._send)
+        self._downloads = Downloads(self._bulk, self._topics, library.blobs, self._send)
         self._uploads = Uploads(self._bulk, self._topics, self._device)
+        self._versions = Versions(
+            self._device,
+            library=library,
+            downloads=self._downloads,
+            memory=self._memory,
+            trainer=trainer,
+            storage=self._storage,
+            feed=self._feed,
+            report=self._send,
+        )
+        self._contributor = Contributor(
+            self._device,
+            data=settings.data,
+            engine=settings.engine,
+            threads=settings.trainer.threads,
+            trainer=trainer,
+            library=library,
+            outbox=self._outbox,
+            held=lambda: self._versions.held,
+        )
+        self._offers = Offers(
+            self._device,
+            self._outbox,
+            storage=self._storage,
+            rng=rng,
+            connected=lambda: self._control.connected,
+            send=self._send,
+            feed=self._feed,
+        )
+        self._activator = Activator(self._versions.activate)
+        self._pacing = Pacing(settings.population, self._device, rng, self._feed, self._start)
 
-        self._state = machine.Agent(outbox=frozenset(self._outbox))
+        self._state = machine.Agent()
         self._fetching: asyncio.Task[None] | None = None
         self._training: asyncio.Task[None] | None = None
-        self._resting: asyncio.Task[None] | None = None
-        self._activator = Activator(self._activate)
+        self._roll: asyncio.Task[None] | None = None
         self._group: asyncio.TaskGroup
 
     async def run(self) -> None:
         """Serves until cancelled."""
         self._recover()
-        log.info("agent_started", device=self._device, boot=self._boot, version=self._state.active)
+        log.info(
+            "agent_started",
+            device=self._device,
+            boot=self._presence.boot,
+            version=self._state.active,
+        )
         try:
             async with asyncio.TaskGroup() as self._group:
                 await self._control.subscribe(*self._topics.device_control(self._device))
@@ -101,54 +153,34 @@ class EdgeAgent:
                     (self._read(self._control), "read-control"),
                     (self._read(self._bulk), "read-bulk"),
                     (self._activator.run(), "activate"),
-                    (self._keep_offering(), "offer"),
+                    (self._offers.run(), "offer"),
                 ):
                     self._group.create_task(work, name=f"{name}-{self._device}")
                 self._start(self._count_examples(), "count")
+                self._feed(events.Recovered(self._memory.failures()))
                 if self._state.announced is not None:
                     # A version that was fetched and not yet in use needs no network to be.
-                    self._feed(machine.VersionSeen(self._state.announced))
+                    self._feed(events.VersionSeen(self._state.announced))
         finally:
             await self._uploads.close()
-            await self._say_goodbye()
+            await self._presence.say_goodbye(self._control)
             await self._control.close()
             await self._bulk.close()
             self._memory.close()
             self._lock.release()
 
     def _recover(self) -> None:
-        # What is damaged is treated as absent: it is fetched or made again.
-        try:
-            active = self._library.active()
-        except StoreError as error:
-            log.error("active_version_lost", device=self._device, reason=str(error))
-            active = None
-        try:
-            held = self._held if self._held and self._library.holds(self._held) else None
-        except FedgeError as error:
-            log.error("version_lost", device=self._device, reason=str(error))
-            held = None
-        self._held = held
+        self._storage.attempt("sweep", self._outbox.sweep)
+        active = self._versions.recover()
+        held = self._versions.held
+        waiting = self._outbox.rounds
         self._state = machine.Agent(
             announced=held,
             held=None if held is None else held.number,
             active=None if active is None else active.version,
-            outbox=frozenset(self._outbox),
+            assigned=max(waiting, default=0),
+            outbox=waiting,
         )
-
-    def _will(self) -> Will:
-        death = messages.Presence(boot=self._boot, online=False)
-        return Will(self._topics.presence(self._device), messages.encode(death))
-
-    async def _say_goodbye(self) -> None:
-        # A will is for those who cannot say it themselves.
-        if self._control.connected:
-            death = messages.Presence(boot=self._boot, online=False)
-            try:
-                async with asyncio.timeout(2):
-                    await self._publish_presence(death)
-            except (LinkError, TimeoutError) as error:
-                log.warning("goodbye_not_sent", device=self._device, reason=str(error))
 
     # ------------------------------------------------------------ reading
 
@@ -158,11 +190,11 @@ class EdgeAgent:
             match event:
                 case LinkUp():
                     if link is self._control:
-                        self._start(self._announce_birth(), "birth")
-                        self._feed(machine.Connected())
+                        self._start(self._presence.announce_birth(self._control), "birth")
+                        self._feed(events.Connected())
                 case LinkDown():
                     if link is self._control:
-                        self._feed(machine.Disconnected())
+                        self._feed(events.Disconnected())
                 case Delivery():
                     self._receive(event)
                     link.ack(event)
@@ -188,22 +220,27 @@ class EdgeAgent:
     def _dispatch(self, message: Message) -> None:
         match message:
             case messages.VersionAnnouncement():
-                self._feed(machine.VersionSeen(message))
+                self._versions.announced(message)
+                self._feed(events.VersionSeen(message))
             case messages.RoundAnnouncement():
-                self._feed(machine.RoundSeen(message))
+                self._feed(events.RoundSeen(message))
+            case messages.RollCall():
+                if self._roll is None or self._roll.done():
+                    self._roll = self._start(self._answer_roll(message.spread_s), "roll")
             case messages.Assignment():
-                self._feed(machine.Assigned(message))
+                self._contributor.asked(message)
+                self._feed(events.Assigned(message))
             case messages.Retry():
-                self._feed(machine.Deferred(message))
+                self._feed(events.Deferred(message))
             case messages.Grant():
-                offer = self._outbox.get(message.round)
+                offer = self._outbox.offer(message.round)
                 if offer is not None and offer.update.sha256 == message.sha256:
-                    path = self._update_path(message.round)
+                    path = self._outbox.path(message.round)
                     self._uploads.granted(message, offer.update, path)
             case messages.Have():
                 self._uploads.acknowledged(message)
             case messages.Receipt():
-                offer = self._outbox.get(message.round)
+                offer = self._outbox.offer(message.round)
                 if offer is not None and offer.update.sha256 == message.sha256:
                     self._settle(message)
             case messages.Abort():
@@ -213,238 +250,104 @@ class EdgeAgent:
                     round=message.round,
                     reason=message.reason.value,
                 )
-                self._feed(machine.Aborted(message.round))
+                self._feed(events.Aborted(message.round))
+
+    def _settle(self, receipt: messages.Receipt) -> None:
+        number, status = receipt.round, receipt.status
+        reason = None if receipt.reason is None else receipt.reason.value
+        log.info("receipt", device=self._device, round=number, status=status.value, reason=reason)
+        self._uploads.stop(receipt.sha256)
+        # If it cannot be written down, the update is offered again, and the answer comes again.
+        if self._storage.attempt("receipt", lambda: self._outbox.settle(number, status, reason)):
+            self._feed(events.Receipted(receipt))
 
     # ------------------------------------------------------------ acting
 
-    def _feed(self, event: machine.Event) -> None:
-        self._state, commands = machine.step(self._state, event)
-        for command in commands:
+    def _feed(self, event: events.Event) -> None:
+        self._state, wanted = machine.step(self._state, event)
+        for command in wanted:
             self._act(command)
 
-    def _act(self, command: machine.Command) -> None:
+    def _act(self, command: commands.Command) -> None:
         match command:
-            case machine.Fetch(version):
+            case commands.Fetch(version):
                 self._cancel(self._fetching)
-                self._fetching = self._start(self._fetch(version), f"fetch-{version.number}")
-            case machine.Activate(version):
+                self._fetching = self._start(
+                    self._versions.fetch(version), f"fetch-{version.number}"
+                )
+            case commands.Activate(version):
                 self._activator.wanted(version)
-            case machine.CheckIn(number, spread_s):
-                self._start(self._check_in(number, spread_s), f"checkin-{number}")
-            case machine.Rest(after_s):
-                self._cancel(self._resting)
-                self._resting = self._start(self._rest(after_s), "rest")
-            case machine.Train(assignment):
+            case commands.CheckIn():
+                self._pacing.check_in(command)
+            case commands.SendCheckIn(number):
+                self._start(self._check_in(number), f"checkin-{number}")
+            case commands.Rest():
+                self._pacing.rest(command)
+            case commands.KeepFailures(failures):
+                self._storage.attempt("failures", lambda: self._memory.keep_failures(failures))
+            case commands.Train(assignment):
                 self._cancel(self._training)
-                self._training = self._start(self._train(assignment), f"train-{assignment.round}")
-            case machine.StopTraining():
+                self._training = self._start(
+                    self._contribute(assignment), f"train-{assignment.round}"
+                )
+            case commands.StopTraining():
                 self._cancel(self._training)
-            case machine.SendOffer(number):
-                if number in self._outbox:
-                    offer = self._outbox[number]
-                    fresh = offer.model_copy(update={"id": new_message_id()})
-                    self._start(self._send(fresh), f"offer-{number}")
-            case machine.Forget(number):
-                self._forget(number)
-            case machine.SayTrainingFailed(number, reason):
+            case commands.SendOffer(number):
+                self._start(self._offers.offer(number), f"offer-{number}")
+            case commands.Forget(number):
+                self._outbox.forget(number)
+            case commands.SayTrainingFailed(number, reason):
                 report = messages.Report(
                     kind=ReportKind.TRAINING_FAILED, round=number, detail=reason[:500]
                 )
                 self._start(self._send(report), f"report-{number}")
 
-    async def _keep_offering(self) -> None:
-        while True:
-            await asyncio.sleep(OFFER_AGAIN_S * self._rng.uniform(0.75, 1.25))
-            if self._control.connected:
-                for number in sorted(self._outbox):
-                    self._act(machine.SendOffer(number))
+    async def _contribute(self, assignment: Assignment) -> None:
+        self._activator.training(under_way=True)
+        try:
+            event = await self._contributor.contribute(assignment)
+        finally:
+            # One that was stopped may end after the next one has begun.
+            if self._training is asyncio.current_task():
+                self._activator.training(under_way=False)
+        self._feed(event)
 
     async def _count_examples(self) -> None:
         if self._data is None:
-            self._feed(machine.Counted(0))
+            self._feed(events.Counted(0))
             return
-        try:
-            examples = (await self._trainer.run(CountJob(data=self._data))).examples
-        except (StoreError, TrainingFailed) as error:
-            # Without its examples the device can still follow the versions and predict.
-            log.error("examples_not_counted", device=self._device, reason=str(error))
-            examples = 0
+        examples = await self._count(CountJob(data=self._data))
         log.info("examples_counted", device=self._device, examples=examples)
-        self._feed(machine.Counted(examples))
+        self._feed(events.Counted(examples))
 
-    async def _check_in(self, number: int, spread_s: float) -> None:
-        if spread_s > 0:
-            await asyncio.sleep(self._rng.uniform(0, spread_s))
+    async def _count(self, job: CountJob) -> int:
+        reason = ""
+        for _ in range(COUNT_TRIES):
+            try:
+                return (await self._trainer.run(job)).examples
+            except TrainerKilled as error:
+                reason = str(error)
+            except (StoreError, TrainingFailed) as error:
+                reason = str(error)
+                break
+        # Without its examples the device can still follow the versions and predict.
+        log.error("examples_not_counted", device=self._device, reason=reason)
+        return 0
+
+    # ------------------------------------------------------------ carrying
+
+    async def _check_in(self, number: int) -> None:
         checkin = messages.Checkin(
             round=number,
             version=self._state.held,
             examples=self._state.examples or 0,
-            boot=self._boot,
+            boot=self._presence.boot,
         )
         await self._send(checkin)
 
-    async def _rest(self, after_s: float) -> None:
-        # Up to a quarter more, so that devices deferred together do not come back together.
-        await asyncio.sleep(after_s * self._rng.uniform(1.0, 1.25))
-        self._feed(machine.RetryDue())
-
-    async def _fetch(self, version: VersionAnnouncement) -> None:
-        try:
-            await self._downloads.fetch([version.plan])
-            manifest = self._library.manifest(version.plan)
-            await self._downloads.fetch(self._library.needed(version, manifest))
-        except FedgeError as error:
-            self._feed(machine.FetchFailed(version.number, str(error)))
-            await self._report_activation_failed(version, error)
-            return
-        before, self._held = self._held, version
-        self._memory.keep_announcement(version)
-        log.info(
-            "version_fetched",
-            device=self._device,
-            version=version.number,
-            received_bytes=self._downloads.received_bytes,
-        )
-        self._feed(machine.Fetched(version.number))
-        self._library.forget_all_but([version] if before is None else [before, version])
-
-    async def _activate(self, version: VersionAnnouncement) -> None:
-        if version.number == self._state.active:
-            return
-        try:
-            activated = await self._trainer.run(self._library.activation_of(version))
-            self._library.activate(version)
-        except FedgeError as error:
-            await self._report_activation_failed(version, error)
-            return
-        log.info(
-            "version_activated",
-            device=self._device,
-            version=version.number,
-            latency_ms=activated.latency_ms,
-            largest_difference=activated.largest_difference,
-        )
-        self._feed(machine.Activated(version.number))
-        await self._send(messages.Report(kind=ReportKind.ACTIVATED, version=version.number))
-
-    async def _report_activation_failed(
-        self, version: VersionAnnouncement, error: FedgeError
-    ) -> None:
-        log.error("version_refused", device=self._device, version=version.number, reason=str(error))
-        await self._send(
-            messages.Report(
-                kind=ReportKind.ACTIVATION_FAILED, version=version.number, detail=str(error)[:500]
-            )
-        )
-
-    # ------------------------------------------------------------ training and its update
-
-    async def _train(self, assignment: Assignment) -> None:
-        self._activator.training(under_way=True)
-        try:
-            await self._train_and_keep(assignment)
-        finally:
-            self._activator.training(under_way=False)
-
-    async def _train_and_keep(self, assignment: Assignment) -> None:
-        number = assignment.round
-        try:
-            async with asyncio.timeout(assignment.deadline_s):
-                trained = await self._trainer.run(self._job(assignment), self._log_progress)
-            offer = Offer(
-                round=number,
-                base=assignment.base,
-                update=trained.update,
-                examples=trained.examples,
-                steps=trained.steps,
-                training_s=trained.training_s,
-                loss=trained.loss,
-                metrics=trained.metrics,
-            )
-            self._memory.put_in_outbox(offer)
-        except (FedgeError, TimeoutError) as error:
-            reason = str(error) or f"not done by the deadline, {assignment.deadline_s:.0f} s"
-            log.warning("training_failed", device=self._device, round=number, reason=reason)
-            self._feed(machine.TrainingStopped(number, reason))
-            return
-        self._outbox[number] = offer
-        self._log_trained(number, trained)
-        self._feed(machine.Trained(number))
-
-    def _job(self, assignment: Assignment) -> TrainJob:
-        # The machine trains from a version that is held, and only a device with data checks in.
-        if self._held is None or self._data is None:
-            raise RuntimeError("an assignment without a version or without data")
-        wanted = (assignment.base, assignment.plan_sha256)
-        if (self._held.number, self._held.plan.sha256) != wanted:
-            raise TrainingFailed(f"version {assignment.base} of the assignment's plan is not here")
-        path = self._library.blobs.path
-        manifest = self._library.manifest(self._held.plan)
-        return TrainJob(
-            manifest=path(self._held.plan.sha256),
-            train_graph=path(manifest.graphs.train.sha256),
-            weights=path(self._held.weights.sha256),
-            data=self._data,
-            settings=TrainingSettings.of(assignment),
-            output=self._update_path(assignment.round),
-            engine=self._engine,
-            threads=self._threads,
-            # As the coordinator cuts its own blobs: what its broker is known to carry.
-            chunk_bytes=self._held.weights.chunk_bytes,
-        )
-
-    def _log_progress(self, progress: Progressed) -> None:
-        log.info(
-            "training",
-            device=self._device,
-            epoch=progress.epoch + 1,
-            step=progress.step,
-            steps=progress.steps,
-            loss=progress.loss,
-        )
-
-    def _log_trained(self, number: int, trained: Trained) -> None:
-        log.info(
-            "trained",
-            device=self._device,
-            round=number,
-            examples=trained.examples,
-            steps=trained.steps,
-            training_s=trained.training_s,
-            engine=None if trained.engine is None else trained.engine.value,
-            peak_rss_bytes=trained.peak_rss_bytes,
-        )
-
-    def _settle(self, receipt: messages.Receipt) -> None:
-        reason = None if receipt.reason is None else receipt.reason.value
-        log.info(
-            "receipt",
-            device=self._device,
-            round=receipt.round,
-            status=receipt.status.value,
-            reason=reason,
-        )
-        self._uploads.stop(receipt.sha256)
-        self._memory.settle(receipt.round, receipt.status, reason)
-        self._feed(machine.Receipted(receipt))
-
-    def _forget(self, number: int) -> None:
-        self._outbox.pop(number, None)
-        self._update_path(number).unlink(missing_ok=True)
-
-    def _update_path(self, number: int) -> Path:
-        return self._outbox_dir / f"{number}.safetensors"
-
-    # ------------------------------------------------------------ carrying
-
-    async def _announce_birth(self) -> None:
-        await self._publish_presence(
-            messages.Presence(boot=self._boot, online=True, agent_version=__version__)
-        )
-
-    async def _publish_presence(self, presence: messages.Presence) -> None:
-        topic = self._topics.presence(self._device)
-        await self._control.publish(topic, messages.encode(presence), retain=True)
+    async def _answer_roll(self, spread_s: float) -> None:
+        await asyncio.sleep(self._rng.uniform(0.0, spread_s))
+        await self._presence.announce_birth(self._control)
 
     async def _send(self, message: Message) -> None:
         topic = self._topics.up(self._device, type(message))

@@ -122,10 +122,11 @@ def predict(example: str, config_path: Path, top: int, as_json: bool) -> None:
     from fedge.edge_agent.predictor import Predictor, read_example  # noqa: PLC0415 -- as above
     from fedge.schemas.plan import PlanManifest  # noqa: PLC0415 -- as above
 
-    active = Library(_load(config_path).state_dir).active()
+    library = Library(_load(config_path).state_dir)
+    active = library.active()
     if active is None:
         raise ConfigError("no version is in use yet: run `fedge-agent run` until one was fetched")
-    manifest = PlanManifest.decode(active.manifest.read_bytes())
+    manifest = PlanManifest.decode(library.blobs.read(active.manifest.name))
     predictor = Predictor(active.model, manifest)
     prediction = predictor.predict(read_example(example, manifest), top=top)
     if as_json:

@@ -13,7 +13,7 @@ from itertools import islice
 
 from fedge.schemas.blob_files import BlobDirectory, PartialBlob
 from fedge.schemas.blobs import BlobRef, ChunkSet
-from fedge.schemas.errors import PeerError
+from fedge.schemas.errors import PeerError, StoreError
 from fedge.schemas.link.protocol import Link
 from fedge.schemas.logs import EventLog
 from fedge.schemas.messages import Need
@@ -23,6 +23,8 @@ log = EventLog(__name__)
 
 WINDOW_CHUNKS = 32
 """Chunks subscribed to at a time: enough to hide the broker's answer time, 2 MiB at the most."""
+PROBE_CHUNKS = 1
+"""After the disk refused a chunk: until one was written, no more are brought for nothing."""
 PATIENCE_S = 10.0
 """After so long without a new chunk the coordinator is asked."""
 
@@ -50,14 +52,17 @@ class Downloads:
         self._turn = asyncio.Lock()
         self._current: PartialBlob | None = None
         self._progress = asyncio.Event()
+        self._refused: StoreError | None = None
+        self._window_chunks = WINDOW_CHUNKS
         self.received_bytes = 0
 
     async def fetch(self, refs: Iterable[BlobRef]) -> None:
         """Returns when every blob is in the directory, verified. Cancel it to give up.
 
-        Raises `StoreError` if the disk refuses, and `PeerError` (digest_mismatch) for a reference
-        whose chunks are right and whose whole is not: nothing can be fetched by that. Whatever the
-        network does only makes it wait.
+        Raises `StoreUnavailable` if the disk refuses for now, other `StoreError` if it will again,
+        and `PeerError` (digest_mismatch) for a reference whose chunks are right and whose whole is
+        not: nothing can be fetched by that. Whatever the network does only makes it wait. Called
+        again after an error, it goes on from the chunks that are here.
         """
         for ref in refs:
             async with self._turn:
@@ -74,13 +79,19 @@ class Downloads:
         except PeerError as error:
             log.warning("chunk_refused", sha256=sha256[:12], chunk=index, reason=error.reason.value)
             return
+        except StoreError as error:
+            # For whoever waits for the blob. The reader of the link has nothing to do with it.
+            self._refused = error
+            self._progress.set()
+            return
         if fresh:
+            self._window_chunks = WINDOW_CHUNKS
             self.received_bytes += len(payload)
             self._progress.set()
 
     async def _fetch_one(self, ref: BlobRef) -> None:
         partial = self._blobs.open_partial(ref)
-        self._current = partial
+        self._current, self._refused = partial, None
         try:
             await self._fetch_chunks(ref, partial)
             # Hashing and fsync of megabytes: off the event loop, so that it keeps answering.
@@ -90,6 +101,8 @@ class Downloads:
             except asyncio.CancelledError:
                 # The thread goes on; the file must stay open until it is done.
                 await asyncio.wait([committing])
+                # A newer version's fetch may have cleared the blob away under it.
+                committing.exception()
                 raise
         finally:
             self._current = None
@@ -100,17 +113,21 @@ class Downloads:
         subscribed: set[int] = set()
         try:
             while not receiver.complete:
+                # At once: whatever is still subscribed comes again when the link does.
                 arrived = {index for index in subscribed if index in receiver.held}
+                subscribed -= arrived
+                await self._unsubscribe(ref, arrived)
                 # Half a window at a time, so that asking and arriving overlap.
-                if len(subscribed) - len(arrived) <= WINDOW_CHUNKS // 2:
-                    subscribed -= arrived
-                    await self._unsubscribe(ref, arrived)
+                if len(subscribed) <= self._window_chunks // 2:
                     wanted = (i for i in receiver.held.missing() if i not in subscribed)
-                    fresh = list(islice(wanted, WINDOW_CHUNKS - len(subscribed)))
+                    fresh = list(islice(wanted, self._window_chunks - len(subscribed)))
                     if fresh:
                         subscribed.update(fresh)
                         await self._link.subscribe(*self._names(ref, fresh))
                 await self._wait_for_progress(ref, receiver.held, subscribed)
+                if self._refused is not None:
+                    self._window_chunks = PROBE_CHUNKS
+                    raise self._refused
         finally:
             await self._unsubscribe(ref, subscribed)
 

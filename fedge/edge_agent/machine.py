@@ -1,21 +1,34 @@
 """The agent machine: what one device does next, and nothing about how.
 
-Pure: events in, commands out, no clock, file or network. The device keeps three things in mind:
-the newest version (fetch it, check it, use it), the newest round (check in once while it gathers)
-and its one assignment (train once, offer until there is a receipt). Everything may come twice, late
-or in another order; every handler below is harmless when repeated.
+Pure: events in, commands out, no clock, generator, file or network. The device keeps three things
+in mind: the newest version (fetch it, check it, use it), the newest round (check in once while it
+gathers) and its one assignment (train once, offer until there is a receipt). Everything may come
+twice, late or in another order; every handler below is harmless when repeated.
 
     assignment          event                       then
     ------------------  --------------------------  --------------------------------------------
     none                Assigned, base is here      TRAINING: train
     none                Assigned, base is missing   WAITING: the version is being fetched
+    none                Assigned, round not wanted  nothing: the coordinator has moved on
     WAITING             Fetched, the base           TRAINING: train
+    WAITING             FetchFailed, the base       none: say that no update will come
     TRAINING            Assigned again              nothing: it is under way
     TRAINING            Trained                     OFFERED: keep in the outbox, offer
-    TRAINING            a newer round, or Aborted   none: stop the training, its result is useless
+    TRAINING            TrainingStopped             none: say so, and rest before the next check-in
     OFFERED             Assigned again, Connected   offer again: the answer was lost
     OFFERED             the round announced again   offer again: the coordinator was away
-    OFFERED             Receipted                   none: forget the update
+    OFFERED             Receipted                   none: forget the update; check in again
+    OFFERED             UpdateLost                  none: forget it, and say that it will not come
+    any                 a round that no longer      none: stop the training, its result is useless;
+                        wants the work, or Aborted  what was offered still waits for its receipt
+    any                 a round that still wants    nothing: the update counts in a later round
+                        the work
+
+Which work a round wants is in its announcement (`oldest_wanted`). In synchronous mode that is the
+round's own work alone, so each new round ends the work for the one before. In asynchronous mode
+(Nguyen et al. 2022, "Federated Learning with Buffered Asynchronous Aggregation") older work is
+wanted too: a slow device goes on while rounds pass, and checks in again when its answer is there.
+A device that was assigned in a round never checks in for that round again.
 """
 
 from __future__ import annotations
@@ -24,14 +37,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from fedge.schemas.messages import (
-    Assignment,
-    Receipt,
-    Retry,
-    RoundAnnouncement,
-    RoundPhase,
-    VersionAnnouncement,
+from fedge.edge_agent.commands import (
+    Activate,
+    CheckIn,
+    Command,
+    Fetch,
+    Forget,
+    KeepFailures,
+    Rest,
+    SayTrainingFailed,
+    SendCheckIn,
+    SendOffer,
+    StopTraining,
+    Train,
 )
+from fedge.edge_agent.events import (
+    Aborted,
+    Activated,
+    Assigned,
+    CheckInDue,
+    Connected,
+    Counted,
+    Deferred,
+    Disconnected,
+    Event,
+    Fetched,
+    FetchFailed,
+    Outlook,
+    Receipted,
+    Recovered,
+    RetryDue,
+    RoundSeen,
+    Trained,
+    TrainingStopped,
+    UpdateLost,
+    VersionSeen,
+)
+from fedge.schemas.messages import Assignment, RoundAnnouncement, RoundPhase, VersionAnnouncement
+
+LONGEST_REST_S = 900.0
+"""What a device rests at the most after trainings that failed: somebody may have mended it."""
 
 
 class Stage(StrEnum):
@@ -52,10 +97,13 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """The state. `outbox`: rounds whose update has no receipt yet. `checked_in`: newest round.
+    """The state.
 
-    `held`: the newest version whose blobs are all here and verified. `resting`: a `Retry` gave a
-    time; until `RetryDue` the device does not check in.
+    `held`: the newest version whose blobs are all here and verified. `missing`: the newest version
+    that was not to be had, and why. `outbox`: rounds whose update has no receipt yet.
+    `checked_in`: newest round that a check-in was decided for. `assigned`: newest round with an
+    assignment. `resting`: until `RetryDue` the device does not check in. `failures`: trainings that
+    failed since the last one that did not.
     """
 
     connected: bool = False
@@ -63,222 +111,33 @@ class Agent:
     announced: VersionAnnouncement | None = None
     held: int | None = None
     active: int | None = None
+    missing: FetchFailed | None = None
     round: RoundAnnouncement | None = None
     checked_in: int = 0
+    assigned: int = 0
     resting: bool = False
+    failures: int = 0
     work: Work | None = None
     outbox: frozenset[int] = frozenset()
 
 
-# ---------------------------------------------------------------- events
-
-
-@dataclass(frozen=True, slots=True)
-class Connected:
-    """The broker accepted us. Sessions may have been lost: say again what has no answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Disconnected:
-    """The connection is gone; training goes on without it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """The examples on this device were counted."""
-
-    examples: int
-
-
-@dataclass(frozen=True, slots=True)
-class VersionSeen:
-    """A version announcement arrived."""
-
-    announcement: VersionAnnouncement
-
-
-@dataclass(frozen=True, slots=True)
-class RoundSeen:
-    """A round announcement arrived."""
-
-    announcement: RoundAnnouncement
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """Every blob of a version is here and verified."""
-
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
-class FetchFailed:
-    """A version cannot be had: its announcement or this device's disk is broken."""
-
-    version: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Activated:
-    """The version's ONNX file passed its checks and is in use."""
-
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
-class Assigned:
-    """An assignment arrived."""
-
-    assignment: Assignment
-
-
-@dataclass(frozen=True, slots=True)
-class Deferred:
-    """Not chosen this time."""
-
-    retry: Retry
-
-
-@dataclass(frozen=True, slots=True)
-class RetryDue:
-    """The rest that a `Retry` asked for is over."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """Training ended and the update lies in the outbox, durable."""
-
-    round: int
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingStopped:
-    """Training ended without an update; `reason` is for the coordinator's record."""
-
-    round: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Receipted:
-    """The coordinator's durable answer about an update."""
-
-    receipt: Receipt
-
-
-@dataclass(frozen=True, slots=True)
-class Aborted:
-    """The coordinator says that nothing of this round will be accepted any more."""
-
-    round: int
-
-
-Event = (
-    Connected
-    | Disconnected
-    | Counted
-    | VersionSeen
-    | RoundSeen
-    | Fetched
-    | FetchFailed
-    | Activated
-    | Assigned
-    | Deferred
-    | RetryDue
-    | Trained
-    | TrainingStopped
-    | Receipted
-    | Aborted
-)
-
-
-# ---------------------------------------------------------------- commands
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """Fetch every blob of the version that is not here; a fetch of an older one is given up."""
-
-    version: VersionAnnouncement
-
-
-@dataclass(frozen=True, slots=True)
-class Activate:
-    """Make the ONNX file of the version, check it, and swap it in."""
-
-    version: VersionAnnouncement
-
-
-@dataclass(frozen=True, slots=True)
-class CheckIn:
-    """Say that we are ready, after a random part of `spread_s`."""
-
-    round: int
-    spread_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Rest:
-    """Wait so long, then feed `RetryDue`."""
-
-    after_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Train:
-    """Train in the child process; then feed `Trained` or `TrainingStopped`."""
-
-    assignment: Assignment
-
-
-@dataclass(frozen=True, slots=True)
-class StopTraining:
-    """Stop the child's work on this round; its result is not wanted."""
-
-    round: int
-
-
-@dataclass(frozen=True, slots=True)
-class SendOffer:
-    """Offer the update of this round from the outbox."""
-
-    round: int
-
-
-@dataclass(frozen=True, slots=True)
-class Forget:
-    """Remove the update of this round from the outbox: it has its receipt."""
-
-    round: int
-
-
-@dataclass(frozen=True, slots=True)
-class SayTrainingFailed:
-    """Tell the coordinator that no update will come."""
-
-    round: int
-    reason: str
-
-
-Command = (
-    Fetch
-    | Activate
-    | CheckIn
-    | Rest
-    | Train
-    | StopTraining
-    | SendOffer
-    | Forget
-    | SayTrainingFailed
-)
-
 Step = tuple[Agent, Sequence[Command]]
+
+
+def rest_after(failures: int) -> Rest:
+    """How long a device rests after so many trainings failed in a row: 2 s, 4 s, … 15 minutes."""
+    after_s = min(2.0 ** min(failures, 16), LONGEST_REST_S)
+    return Rest(after_s, after_s / 4)
 
 
 def step(state: Agent, event: Event) -> Step:  # noqa: PLR0911, PLR0912 -- one for each event
     """The next state and what to do."""
     match event:
+        case Recovered(failures):
+            if failures == 0:
+                return state, ()
+            # How long this agent was away is not known: only the wall clock could say.
+            return replace(state, failures=failures, resting=True), (rest_after(failures),)
         case Connected():
             return _say_again(replace(state, connected=True))
         case Disconnected():
@@ -291,35 +150,44 @@ def step(state: Agent, event: Event) -> Step:  # noqa: PLR0911, PLR0912 -- one f
             return _round_seen(state, announcement)
         case Fetched(version):
             return _fetched(state, version)
-        case FetchFailed(version, reason):
-            return _fetch_failed(state, version, reason)
+        case FetchFailed():
+            return _fetch_failed(state, event)
         case Activated(version):
             return replace(state, active=version), ()
         case Assigned(assignment):
             return _assigned(state, assignment)
         case Deferred(retry):
-            if retry.after_s > 0:
-                return replace(state, resting=True), (Rest(retry.after_s),)
+            if retry.after_s > 0 or retry.spread_s > 0:
+                return replace(state, resting=True), (Rest(retry.after_s, retry.spread_s),)
             return state, ()
         case RetryDue():
             return _maybe_check_in(replace(state, resting=False, checked_in=0))
+        case CheckInDue(number, drawn):
+            return _check_in_due(state, number, drawn=drawn)
         case Trained(number):
-            state = replace(state, outbox=state.outbox | {number})
-            if state.work is not None and state.work.assignment.round == number:
-                state = replace(state, work=replace(state.work, stage=Stage.OFFERED))
-            return state, (SendOffer(number),)
+            return _trained(state, number)
         case TrainingStopped(number, reason):
             state, _ = _drop_work(state, number)
-            return state, (SayTrainingFailed(number, reason),)
+            failures = state.failures + 1
+            state = replace(state, failures=failures, resting=True)
+            said = SayTrainingFailed(number, reason)
+            return state, (said, KeepFailures(failures), rest_after(failures))
+        case UpdateLost(number, reason):
+            if number not in state.outbox:
+                return state, ()
+            return _settled(state, number, (Forget(number), SayTrainingFailed(number, reason)))
         case Receipted(receipt):
-            state, commands = _drop_work(state, receipt.round)
-            state = replace(state, outbox=state.outbox - {receipt.round})
-            return state, (*commands, Forget(receipt.round))
+            return _settled(state, receipt.round, (Forget(receipt.round),))
         case Aborted(number):
             # An update that was offered still waits for its receipt, which says how it ended.
             if state.work is not None and state.work.stage is Stage.OFFERED:
                 return state, ()
-            return _drop_work(state, number)
+            state, stop = _drop_work(state, number)
+            state, more = _maybe_check_in(state)
+            return state, (*stop, *more)
+
+
+# ---------------------------------------------------------------- versions
 
 
 def _version_seen(state: Agent, announcement: VersionAnnouncement) -> Step:
@@ -331,51 +199,11 @@ def _version_seen(state: Agent, announcement: VersionAnnouncement) -> Step:
         return state, () if state.active == state.held else (Activate(announcement),)
     if newest is not None and newest.number == announcement.number:
         return state, ()
-    return state, (Fetch(announcement),)
-
-
-def _round_seen(state: Agent, announcement: RoundAnnouncement) -> Step:
-    before = state.round
-    if before is not None and announcement.round < before.round:
-        return state, ()
-    state = replace(state, round=announcement)
-    if before is not None and (announcement.round, announcement.phase) == (
-        before.round,
-        before.phase,
-    ):
-        # The coordinator says nothing new: it was away. What we said meanwhile, nobody heard.
-        return _say_again(state)
-    commands: Sequence[Command] = ()
-    if state.work is not None and state.work.assignment.round < announcement.round:
-        # The coordinator has moved on. An offered update keeps waiting for its receipt (in the
-        # outbox); training for a round that is over only burns watts.
-        state, commands = _drop_work(state, state.work.assignment.round)
+    state, said = _give_up_replaced(state)
+    if not said:
+        return state, (Fetch(announcement),)
     state, more = _maybe_check_in(state)
-    return state, (*commands, *more)
-
-
-def _say_again(state: Agent) -> Step:
-    """Whatever has no answer yet: the broker or the coordinator may have lost it."""
-    offers = tuple(SendOffer(number) for number in sorted(state.outbox))
-    state, more = _maybe_check_in(replace(state, checked_in=0))
-    return state, (*offers, *more)
-
-
-def _maybe_check_in(state: Agent) -> Step:
-    announcement = state.round
-    if (
-        announcement is None
-        # While a round trains, a check-in asks for the assignment that a lost session took away.
-        or announcement.phase is RoundPhase.CLOSED
-        or announcement.round <= state.checked_in
-        or not state.connected
-        or not state.examples
-        or state.resting
-        or state.work is not None
-    ):
-        return state, ()
-    state = replace(state, checked_in=announcement.round)
-    return state, (CheckIn(announcement.round, announcement.checkin_spread_s),)
+    return state, (Fetch(announcement), *said, *more)
 
 
 def _fetched(state: Agent, version: int) -> Step:
@@ -392,35 +220,172 @@ def _fetched(state: Agent, version: int) -> Step:
         commands.append(Train(work.assignment))
     if state.announced is not None and state.announced.number == version != state.active:
         commands.append(Activate(state.announced))
+    if state.missing is not None and state.missing.version <= version:
+        # Without it the device did not check in.
+        state, more = _maybe_check_in(replace(state, missing=None))
+        commands.extend(more)
     return state, commands
 
 
-def _fetch_failed(state: Agent, version: int, reason: str) -> Step:
-    if state.announced is not None and state.announced.number == version:
-        # Announced again, it is tried again.
+def _fetch_failed(state: Agent, failed: FetchFailed) -> Step:
+    state = replace(state, missing=failed)
+    is_newest = state.announced is not None and state.announced.number == failed.version
+    if failed.outlook is Outlook.WHEN_ANNOUNCED_AGAIN and is_newest:
         state = replace(state, announced=None)
     work = state.work
-    if work is None or work.stage is not Stage.WAITING or work.assignment.base != version:
+    if work is None or work.stage is not Stage.WAITING or work.assignment.base != failed.version:
         return state, ()
-    number = work.assignment.round
-    return replace(state, work=None), (SayTrainingFailed(number, reason),)
+    # Said at once, also where the fetch goes on: the coordinator need not wait for this disk.
+    return replace(state, work=None), (SayTrainingFailed(work.assignment.round, failed.reason),)
+
+
+# ---------------------------------------------------------------- rounds
+
+
+def _round_seen(state: Agent, announcement: RoundAnnouncement) -> Step:
+    before = state.round
+    if before is not None and announcement.round < before.round:
+        return state, ()
+    state = replace(state, round=announcement)
+    commands: Sequence[Command] = ()
+    if state.work is not None and state.work.assignment.round < announcement.oldest_wanted:
+        # The coordinator has moved on. An offered update keeps waiting for its receipt (in the
+        # outbox); training for a round that is over only burns watts.
+        state, commands = _drop_work(state, state.work.assignment.round)
+    else:
+        state, commands = _give_up_replaced(state)
+    if before is not None and (announcement.round, announcement.phase) == (
+        before.round,
+        before.phase,
+    ):
+        # The coordinator says nothing new: it was away, or wants more devices than came. What we
+        # said meanwhile, perhaps nobody heard.
+        state, more = _say_again(state)
+    else:
+        state, more = _maybe_check_in(state)
+    return state, (*commands, *more)
+
+
+def _say_again(state: Agent) -> Step:
+    """Whatever has no answer yet: the broker or the coordinator may have lost it."""
+    offers = tuple(SendOffer(number) for number in sorted(state.outbox))
+    state, more = _maybe_check_in(replace(state, checked_in=0))
+    return state, (*offers, *more)
+
+
+def _maybe_check_in(state: Agent) -> Step:
+    announcement = state.round
+    if (
+        announcement is None
+        # While a round trains, a check-in asks for the assignment that a lost session took away.
+        or announcement.phase is RoundPhase.CLOSED
+        or announcement.round <= max(state.checked_in, state.assigned)
+        or not _is_ready(state, announcement)
+    ):
+        return state, ()
+    state = replace(state, checked_in=announcement.round)
+    return state, (
+        CheckIn(announcement.round, announcement.checkin_spread_s, announcement.checkin_share),
+    )
+
+
+def _check_in_due(state: Agent, number: int, *, drawn: bool) -> Step:
+    announcement = state.round
+    if announcement is None or announcement.round != number or number <= state.assigned:
+        return state, ()
+    gathering = announcement.phase is RoundPhase.GATHERING
+    if announcement.phase is RoundPhase.CLOSED or not (drawn or gathering):
+        return state, ()
+    if not _is_ready(state, announcement):
+        # Whatever is in the way now: once it is gone, the check-in is decided anew.
+        return replace(state, checked_in=0), ()
+    return state, (SendCheckIn(number),)
+
+
+def _is_ready(state: Agent, announcement: RoundAnnouncement) -> bool:
+    base_is_missing = (
+        state.missing is not None
+        and state.missing.version >= announcement.base
+        and state.held != announcement.base
+    )
+    return (
+        state.connected
+        and bool(state.examples)
+        and not state.resting
+        and state.work is None
+        and not base_is_missing
+    )
+
+
+# ---------------------------------------------------------------- the assignment
 
 
 def _assigned(state: Agent, assignment: Assignment) -> Step:
     number = assignment.round
     if number in state.outbox:
-        return state, (SendOffer(number),)
+        return replace(state, assigned=max(number, state.assigned)), (SendOffer(number),)
     if state.work is not None and state.work.assignment.round >= number:
         return state, ()
-    commands: Sequence[Command] = ()
+    if state.round is not None and number < state.round.oldest_wanted:
+        return state, ()
+    commands: list[Command] = []
     if state.work is not None:
-        state, commands = _drop_work(state, state.work.assignment.round)
-    if state.held == assignment.base:
-        state = replace(state, work=Work(assignment, Stage.TRAINING))
-        return state, (*commands, Train(assignment))
-    if state.announced is not None and state.announced.number > assignment.base:
-        return state, commands
-    return replace(state, work=Work(assignment, Stage.WAITING)), commands
+        before = state.work.assignment.round
+        if state.work.stage is not Stage.OFFERED and _is_asynchronous(state):
+            commands.append(SayTrainingFailed(before, f"round {number} took its place here"))
+        state, stop = _drop_work(state, before)
+        commands.extend(stop)
+    state, more = _taken_on(state, assignment)
+    return state, (*commands, *more)
+
+
+def _taken_on(state: Agent, assignment: Assignment) -> Step:
+    number, base = assignment.round, assignment.base
+    known = replace(state, assigned=max(number, state.assigned))
+    if state.held == base:
+        work = Work(assignment, Stage.TRAINING)
+        return replace(known, work=work), (Train(assignment),)
+    if state.missing is not None and state.missing.version == base:
+        said = SayTrainingFailed(number, state.missing.reason)
+        return known, (said,)
+    if state.announced is not None and state.announced.number > base:
+        if not _is_asynchronous(state):
+            # Its round is over.
+            return state, ()
+        said = SayTrainingFailed(number, _replaced(base, state.announced))
+        return known, (said,)
+    return replace(known, work=Work(assignment, Stage.WAITING)), ()
+
+
+def _give_up_replaced(state: Agent) -> Step:
+    """Asynchronous mode: ends work whose base will not come, because a newer version is fetched."""
+    work, newest = state.work, state.announced
+    if (
+        work is None
+        or work.stage is not Stage.WAITING
+        or newest is None
+        or newest.number <= work.assignment.base
+        or not _is_asynchronous(state)
+    ):
+        return state, ()
+    reason = _replaced(work.assignment.base, newest)
+    return replace(state, work=None), (SayTrainingFailed(work.assignment.round, reason),)
+
+
+def _trained(state: Agent, number: int) -> Step:
+    state = replace(state, outbox=state.outbox | {number})
+    if state.work is not None and state.work.assignment.round == number:
+        state = replace(state, work=replace(state.work, stage=Stage.OFFERED))
+    if state.failures == 0:
+        return state, (SendOffer(number),)
+    return replace(state, failures=0), (SendOffer(number), KeepFailures(0))
+
+
+def _settled(state: Agent, number: int, then: Sequence[Command]) -> Step:
+    """The end of an update: the device is free again, in asynchronous mode amid a later round."""
+    state, stop = _drop_work(state, number)
+    state, more = _maybe_check_in(replace(state, outbox=state.outbox - {number}))
+    return state, (*stop, *then, *more)
 
 
 def _drop_work(state: Agent, number: int) -> Step:
@@ -429,3 +394,11 @@ def _drop_work(state: Agent, number: int) -> Step:
         return state, ()
     stop = (StopTraining(number),) if work.stage is Stage.TRAINING else ()
     return replace(state, work=None), stop
+
+
+def _is_asynchronous(state: Agent) -> bool:
+    return state.round is not None and state.round.oldest is not None
+
+
+def _replaced(base: int, by: VersionAnnouncement) -> str:
+    return f"version {by.number} replaced version {base} before it was here"

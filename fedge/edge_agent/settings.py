@@ -39,6 +39,16 @@ class TrainerSettings(_Table):
         )
 
 
+class StorageSettings(_Table):
+    """`[storage]`: what the state folder may hold.
+
+    `cache_limit_bytes`: of all blobs of versions together, None: no limit. The version in hand and
+    the one that is fetched must fit; see `fedge.edge_agent.cache`.
+    """
+
+    cache_limit_bytes: Annotated[int, Field(ge=1)] | None = None
+
+
 class Settings(_Table):
     """The file. `device`: this device's name, unique in its population. `data`: its examples.
 
@@ -53,6 +63,7 @@ class Settings(_Table):
     broker: BrokerSettings = BrokerSettings()
     data: DataConfig | None = None
     trainer: TrainerSettings = TrainerSettings()
+    storage: StorageSettings = StorageSettings()
 
 
 def load(path: Path) -> Settings:

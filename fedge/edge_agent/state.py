@@ -1,20 +1,44 @@
 """What a device remembers across restarts, in one SQLite file.
 
-The boot number, the outbox (updates without a receipt) and the participation ledger. Every call is
-one durable transaction: a power cut leaves the state before or after it. The newest version's
-announcement is kept too, so that a device without a network knows what it holds.
+The boot number, the trainings that failed in a row, the outbox (updates without a receipt) and the
+participation ledger. Every call is one durable transaction: a power cut, or a disk that fills up,
+leaves the state before or after it. The newest version's announcement is kept too, so that a device
+without a network knows what it holds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from fedge.schemas.errors import StoreError
+from pydantic import ValidationError
+
+from fedge.edge_agent.durable import disk
+from fedge.schemas.errors import StoreError, StoreUnavailable
+from fedge.schemas.logs import EventLog
 from fedge.schemas.messages import Offer, ReceiptStatus, VersionAnnouncement
 
+log = EventLog(__name__)
+
+LEDGER_LINES = 10_000
+"""Rounds that the ledger remembers: years of them, in about a megabyte."""
+LOST = "lost"
+"""In the ledger: the update was gone or damaged before it had a receipt."""
+
+_BUSY_S = 1.0
+"""What a write waits for another program that looks into the file."""
+_PASSING = frozenset(
+    {
+        *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY),
+        *(sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN),
+        *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PROTOCOL),
+    }
+)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS outbox (
@@ -36,7 +60,7 @@ CREATE TABLE IF NOT EXISTS ledger (
 
 @dataclass(frozen=True, slots=True)
 class Participation:
-    """One line of the ledger. `status`: offered, accepted or rejected."""
+    """One line of the ledger. `status`: offered, accepted, rejected or lost."""
 
     round: int
     base: int
@@ -48,49 +72,88 @@ class Participation:
 
 
 class AgentState:
-    """The file at `path`, created when absent. Raises `StoreError` if it cannot be used."""
+    """The file at `path`, created when absent.
+
+    This and every method raises `StoreUnavailable` if the disk cannot be used now, and `StoreError`
+    for a file that is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
-        try:
+        with disk(f"use the device's state in {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.executescript(_SCHEMA)
-        except (sqlite3.Error, OSError) as error:
-            raise StoreError(f"cannot use the device's state in {path}: {error}") from error
+        with _sqlite(f"use the device's state in {path}"):
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_S)
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=FULL")
+                self._db.executescript(_SCHEMA)
+            except sqlite3.Error:
+                self._db.close()
+                raise
+
+    @classmethod
+    def open_whole(cls, path: Path) -> Self:
+        """The file, checked; a damaged one is moved aside, logged, and another begun.
+
+        For the one program that writes it. Raises `StoreUnavailable`.
+        """
+        try:
+            state = cls(path)
+            try:
+                state._check()
+            except StoreError:
+                state.close()
+                raise
+        except StoreUnavailable:
+            raise
+        except StoreError as error:
+            aside = _move_aside(path)
+            log.error("agent_state_damaged", path=str(path), kept=str(aside), reason=str(error))
+            return cls(path)
+        return state
 
     def close(self) -> None:
         """Closes the file."""
         self._db.close()
 
-    def next_boot(self) -> int:
-        """Counts this start of the agent: 1 on the first, and one more on each later one."""
-        return int(
-            self._one(
-                "INSERT INTO facts VALUES ('boot', '1') "
-                "ON CONFLICT (name) DO UPDATE SET value = CAST(value AS INTEGER) + 1 "
-                "RETURNING value"
-            )
-        )
+    # ------------------------------------------------------------ facts
+
+    def boot(self) -> int:
+        """The boot number of the last start, 0 before the first."""
+        return self._count("boot")
+
+    def keep_boot(self, boot: int) -> None:
+        """Remembers the boot number of this start."""
+        self._keep_fact("boot", str(boot))
+
+    def failures(self) -> int:
+        """The trainings that failed since the last one that did not."""
+        return self._count("failures")
+
+    def keep_failures(self, failures: int) -> None:
+        """Remembers them."""
+        self._keep_fact("failures", str(failures))
 
     def keep_announcement(self, announcement: VersionAnnouncement) -> None:
         """Remembers the newest version whose blobs are all here."""
-        self._run(
-            "INSERT OR REPLACE INTO facts VALUES ('announcement', ?)",
-            announcement.model_dump_json(),
-        )
+        self._keep_fact("announcement", announcement.model_dump_json())
 
     def announcement(self) -> VersionAnnouncement | None:
-        """What `keep_announcement` was last told."""
-        with closing(self._run("SELECT value FROM facts WHERE name = 'announcement'")) as rows:
-            row = rows.fetchone()
-        return None if row is None else VersionAnnouncement.model_validate_json(row[0])
+        """What `keep_announcement` was last told; None if it was written by another release."""
+        text = self._fact("announcement")
+        if text is None:
+            return None
+        try:
+            return VersionAnnouncement.model_validate_json(text)
+        except ValidationError as error:
+            log.error("announcement_unreadable", reason=str(error))
+            return None
+
+    # ------------------------------------------------------------ outbox and ledger
 
     def put_in_outbox(self, offer: Offer) -> None:
         """Keeps an offer until its receipt, and opens its line in the ledger."""
-        self._run("BEGIN IMMEDIATE")
-        try:
+        with self._transaction():
             self._run(
                 "INSERT OR REPLACE INTO outbox VALUES (?, ?, ?)",
                 offer.round,
@@ -105,44 +168,98 @@ class AgentState:
                 offer.training_s,
                 offer.update.size_bytes,
             )
-        except StoreError:
-            self._run("ROLLBACK")
-            raise
-        self._run("COMMIT")
+            self._run(
+                "DELETE FROM ledger WHERE round <= "
+                "(SELECT round FROM ledger ORDER BY round DESC LIMIT 1 OFFSET ?)",
+                LEDGER_LINES,
+            )
 
-    def outbox(self) -> dict[int, Offer]:
-        """The offers without a receipt, by round."""
+    def outbox(self) -> dict[int, Offer | None]:
+        """The offers without a receipt, by round; None for one that cannot be read."""
+        offers: dict[int, Offer | None] = {}
         with closing(self._run("SELECT round, offer FROM outbox ORDER BY round")) as rows:
-            return {number: Offer.model_validate_json(text) for number, text in rows}
+            for number, text in rows:
+                try:
+                    offers[number] = Offer.model_validate_json(text)
+                except ValidationError:
+                    offers[number] = None
+        return offers
 
     def settle(self, number: int, status: ReceiptStatus, reason: str | None) -> None:
         """Removes a round from the outbox and writes its end into the ledger."""
-        self._run("BEGIN IMMEDIATE")
-        try:
-            self._run("DELETE FROM outbox WHERE round = ?", number)
-            self._run(
-                "UPDATE ledger SET status = ?, reason = ? WHERE round = ?",
-                status.value,
-                reason,
-                number,
-            )
-        except StoreError:
-            self._run("ROLLBACK")
-            raise
-        self._run("COMMIT")
+        self._end(number, status.value, reason)
+
+    def lose(self, number: int, reason: str) -> None:
+        """The same for an update that was lost on this device."""
+        self._end(number, LOST, reason)
 
     def ledger(self) -> list[Participation]:
-        """Every round this device trained for, oldest first."""
+        """The newest `LEDGER_LINES` rounds that this device trained for, oldest first."""
         with closing(self._run("SELECT * FROM ledger ORDER BY round")) as rows:
             return [Participation(*row) for row in rows]
 
-    def _one(self, statement: str, *values: object) -> str:
-        with closing(self._run(statement, *values)) as rows:
+    # ------------------------------------------------------------ SQL
+
+    def _end(self, number: int, status: str, reason: str | None) -> None:
+        with self._transaction():
+            self._run("DELETE FROM outbox WHERE round = ?", number)
+            self._run(
+                "UPDATE ledger SET status = ?, reason = ? WHERE round = ?", status, reason, number
+            )
+
+    def _fact(self, name: str) -> str | None:
+        with closing(self._run("SELECT value FROM facts WHERE name = ?", name)) as rows:
             row = rows.fetchone()
-        return str(row[0])
+        return None if row is None else str(row[0])
+
+    def _count(self, name: str) -> int:
+        text = self._fact(name) or ""
+        return int(text) if text.isascii() and text.isdigit() else 0
+
+    def _keep_fact(self, name: str, value: str) -> None:
+        self._run("INSERT OR REPLACE INTO facts VALUES (?, ?)", name, value)
+
+    def _check(self) -> None:
+        with closing(self._run("PRAGMA quick_check(1)")) as rows:
+            (found,) = rows.fetchone()
+        if found != "ok":
+            raise StoreError(f"the device's state is damaged: {found}")
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._run("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._run("COMMIT")
+        except StoreError:
+            # SQLite has rolled back by itself after some errors, and not after others.
+            if self._db.in_transaction:
+                with contextlib.suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+            raise
 
     def _run(self, statement: str, *values: object) -> sqlite3.Cursor:
-        try:
+        with _sqlite("use the device's state"):
             return self._db.execute(statement, values)
-        except sqlite3.Error as error:
-            raise StoreError(f"the device's state cannot be written: {error}") from error
+
+
+@contextlib.contextmanager
+def _sqlite(what: str) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        # The low byte of an extended code is the code that it refines; misuse has none.
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        kind = StoreUnavailable if code in _PASSING else StoreError
+        raise kind(f"cannot {what}: {error}") from error
+
+
+def _move_aside(path: Path) -> Path:
+    """Where the damaged file lies now, instead of the one before it. Raises `StoreError`."""
+    aside = path.with_name(path.name + ".damaged")
+    with disk(f"move {path} aside"):
+        # The log first: it must never be applied to the file that is begun.
+        for ending in ("-wal", "-shm"):
+            path.with_name(path.name + ending).unlink(missing_ok=True)
+        path.replace(aside)
+    return aside

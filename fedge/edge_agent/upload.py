@@ -1,7 +1,9 @@
 """Sending updates: offer, wait for a grant, send what the credit allows, until there is a receipt.
 
 A broker's acknowledgement is not delivery, so nothing here believes it: what the coordinator has is
-what its `grant` and `have` messages say. The update stays in the outbox all the while.
+what its `grant` and `have` messages say. The update stays in the outbox all the while. Chunks go
+out in order, one after the other: from the order in which they come the coordinator learns what was
+lost.
 """
 
 from __future__ import annotations
@@ -11,8 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedge.schemas.blob_files import read_chunk
-from fedge.schemas.blobs import BlobRef, BlobSender, ChunkSet
-from fedge.schemas.errors import LinkClosed, LinkError, PeerError
+from fedge.schemas.blobs import (
+    MAX_CHUNKS,
+    BlobRef,
+    BlobSender,
+    ChunkSet,
+    chunk_bytes_within,
+    describe,
+)
+from fedge.schemas.errors import LinkClosed, LinkError, PayloadTooLarge, PeerError
 from fedge.schemas.link.protocol import Link
 from fedge.schemas.logs import EventLog
 from fedge.schemas.messages import Grant, Have
@@ -37,6 +46,29 @@ class Uploads:
         self._device = device
         self._transfers: dict[str, _Transfer] = {}
 
+    async def fitting(self, update: BlobRef, path: Path) -> BlobRef:
+        """What to offer of the update in `path`: the same bytes, cut smaller where the broker takes
+        less than it was cut for.
+
+        Ask before each offer, when the link is up: another broker may have another limit. Raises
+        `PayloadTooLarge` if it cannot be cut so small, and `OSError` if the file cannot be read.
+        """
+        topic = self._topics.upload_chunk(self._device, update.sha256, MAX_CHUNKS - 1)
+        limit_bytes = self._link.max_payload_bytes
+        chunk_bytes = chunk_bytes_within(limit_bytes, update.chunk_bytes, topic)
+        if min(update.chunk_bytes, update.size_bytes) <= chunk_bytes:
+            return update
+        if update.size_bytes > MAX_CHUNKS * chunk_bytes:
+            raise PayloadTooLarge(topic, -(-update.size_bytes // MAX_CHUNKS), limit_bytes)
+        log.info(
+            "update_cut_anew",
+            device=self._device,
+            sha256=update.sha256[:12],
+            chunk_bytes=chunk_bytes,
+            before=update.chunk_bytes,
+        )
+        return await asyncio.to_thread(lambda: describe(path.read_bytes(), chunk_bytes))
+
     def granted(self, grant: Grant, update: BlobRef, path: Path) -> None:
         """Starts or restarts sending the update in `path` from what the coordinator has.
 
@@ -46,6 +78,10 @@ class Uploads:
         if held is None:
             return
         transfer = self._transfers.get(update.sha256)
+        if transfer is not None and transfer.sender.ref != update:
+            # It was cut anew since.
+            self.stop(update.sha256)
+            transfer = None
         if transfer is None or transfer.task.done():
             sender = BlobSender(update, lambda index: read_chunk(path, update, index))
             wake = asyncio.Event()
@@ -89,6 +125,14 @@ class Uploads:
                     await self._link.publish(topic, payload)
         except LinkClosed:
             return
+        except PayloadTooLarge as error:
+            log.error(
+                "broker_limit",
+                device=self._device,
+                chunk_bytes=sender.ref.chunk_bytes,
+                limit_bytes=error.limit_bytes,
+                advice="it is offered again in smaller chunks",
+            )
         except (LinkError, OSError) as error:
             # The next grant begins anew; until then the update waits in the outbox.
             log.error("upload_failed", device=self._device, reason=str(error))

@@ -96,6 +96,17 @@ class BlobDirectory:
         """What has arrived of `ref` so far, each chunk verified anew, ready for the rest."""
         return PartialBlob(ref, self._part(ref.sha256), self.path(ref.sha256))
 
+    def reopen(self, ref: BlobRef) -> PartialBlob:
+        """As `open_partial`, and a blob that is whole already counts as arrived.
+
+        For a receiver that was stopped after a blob was whole, and before it was told so.
+        """
+        part, whole = self._part(ref.sha256), self.path(ref.sha256)
+        with _disk(f"open {whole}"):
+            if whole.is_file():
+                whole.replace(part)
+        return self.open_partial(ref)
+
     def _part(self, digest: Digest) -> Path:
         return self.folder / (_checked(digest) + _PART)
 

@@ -13,14 +13,17 @@ import binascii
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from itertools import islice
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedge.schemas.errors import PeerError, RejectReason
+from fedge.schemas.errors import PayloadTooLarge, PeerError, RejectReason
 from fedge.schemas.ids import Digest, sha256
 
-DEFAULT_CHUNK_BYTES = 60 * 1024
+DEFAULT_CHUNK_BYTES = 58 * 1024
+"""Under the longest topic (209 bytes) a packet of 59,610 bytes: within a limit of 60 KB, whether
+that means 60,000 bytes or 61,440."""
 MIN_CHUNK_BYTES = 1024
 MAX_CHUNK_BYTES = 1024 * 1024
 MAX_CHUNKS = 2048
@@ -116,6 +119,18 @@ def chunks_of(data: bytes, chunk_bytes: int) -> Iterator[memoryview]:
         yield view[start : start + chunk_bytes]
 
 
+def chunk_bytes_within(limit_bytes: int, wanted: int, topic: str) -> int:
+    """The size in which to cut a blob for a broker: `wanted`, or less where the broker takes less.
+
+    `limit_bytes`: the link's `max_payload_bytes`, which allows for the longest topic already.
+    `topic`: where the chunks go, for the error. Raises `PayloadTooLarge` for a broker that does
+    not take even the smallest chunk.
+    """
+    if limit_bytes < MIN_CHUNK_BYTES:
+        raise PayloadTooLarge(topic, MIN_CHUNK_BYTES, limit_bytes)
+    return min(wanted, limit_bytes, MAX_CHUNK_BYTES)
+
+
 class ChunkSet:
     """Which chunks of a blob are there: a bitmap with a text form for messages.
 
@@ -150,6 +165,33 @@ class ChunkSet:
     def missing(self) -> Iterator[int]:
         """The chunks that are not there, in order."""
         return (index for index in range(self.chunk_count) if index not in self)
+
+    def __or__(self, other: ChunkSet) -> ChunkSet:
+        made = ChunkSet(self.chunk_count)
+        made._bits = self._bits | other._bits
+        return made
+
+    def copy(self) -> ChunkSet:
+        """The same chunks, for keeping."""
+        return self | self
+
+    def first_missing(self) -> int | None:
+        """The first chunk that is not there; None if it is complete."""
+        if self.complete:
+            return None
+        return (~self._bits & (self._bits + 1)).bit_length() - 1
+
+    def frontier(self, window: int) -> int | None:
+        """The last chunk that is reached by a sender in order who may send `window` missing ones.
+
+        None if nothing is missing.
+        """
+        reached = list(islice(self.missing(), window))
+        return reached[-1] if reached else None
+
+    def added_beyond(self, index: int, before: ChunkSet) -> int:
+        """How many chunks after `index` are here and were not in `before`."""
+        return ((self._bits & ~before._bits) >> (index + 1)).bit_count()
 
     @property
     def complete(self) -> bool:
@@ -190,6 +232,7 @@ class BlobSender:
         self._held = ChunkSet(ref.chunk_count)
         self._sent: set[int] = set()
         self._window = 0
+        self._grants = 0
 
     @property
     def complete(self) -> bool:
@@ -201,20 +244,29 @@ class BlobSender:
         self._window = window
         self._held = held
         self._sent = set()
+        self._grants += 1
 
     def acknowledged(self, held: ChunkSet) -> None:
-        """A `have`: frees the credit of the chunks that arrived."""
-        self._held = held
+        """A `have`: frees the credit of the chunks that arrived. One that comes late takes nothing
+        back."""
+        self._held = self._held | held
         self._sent = {index for index in self._sent if index not in held}
 
     def take(self) -> Iterator[tuple[int, bytes]]:
-        """The chunks that the credit allows now; each counts as on its way once it is yielded."""
-        for index in self._held.missing():
-            if len(self._sent) >= self._window:
+        """The chunks that the credit allows now; each counts as on its way once it is yielded.
+
+        In order, so that the receiver knows of a chunk that did not come as soon as a later one
+        did. A new grant ends the iteration: begin again.
+        """
+        grants = self._grants
+        for index in range(self.ref.chunk_count):
+            # Looked at anew for each: while one was sent, the receiver may have said more.
+            if index in self._held or index in self._sent:
+                continue
+            if len(self._sent) >= self._window or grants != self._grants:
                 return
-            if index not in self._sent:
-                self._sent.add(index)
-                yield index, self._read(index)
+            self._sent.add(index)
+            yield index, self._read(index)
 
 
 class BlobReceiver:

@@ -95,6 +95,15 @@ class RoundAnnouncement(Message):
         return self.round if self.oldest is None else min(self.oldest, self.round)
 
 
+class RollCall(Message):
+    """Who is there? Every device says its birth again, at a random moment within `spread_s`.
+
+    Not retained: it is for those who are connected now.
+    """
+
+    spread_s: Seconds = 0.0
+
+
 # ---------------------------------------------------------------- coordinator → one device
 
 

@@ -3,7 +3,7 @@
 The coordinator's subscriptions, the devices' subscriptions and a broker's access rules all follow
 from this one table. A topic that no row matches is foreign, and what came on it is never read.
 
-    fedge/1/{population}/all/{kind}                     coordinator → all, retained
+    fedge/1/{population}/all/{kind}                     coordinator → all, retained but for `roll`
     fedge/1/{population}/blob/{sha256}/{i}              coordinator → all, retained chunks
     fedge/1/{population}/dn/{device}/{kind}             coordinator → one device
     fedge/1/{population}/up/{device}/{kind}             device → coordinator
@@ -59,6 +59,7 @@ KINDS: dict[Channel, dict[str, type[Message]]] = {
     Channel.ALL: {
         "version": messages.VersionAnnouncement,
         "round": messages.RoundAnnouncement,
+        "roll": messages.RollCall,
     },
     Channel.DOWN: {
         "assignment": messages.Assignment,

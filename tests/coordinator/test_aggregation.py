@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from fedge.coordinator.aggregation import (
     BLOCK_ELEMENTS,
+    AcceptedUpdate,
     WeightedMean,
     Weighting,
     aggregate,
@@ -36,8 +37,8 @@ def linear(first, second, bias):
 
 def test_three_examples_weigh_three_times_as_much_as_one(tmp_path):
     updates = [
-        (write_update(tmp_path, "a", linear(4.0, -8.0, 1.0)), 3.0),
-        (write_update(tmp_path, "b", linear(0.0, 8.0, -3.0)), 1.0),
+        AcceptedUpdate(write_update(tmp_path, "a", linear(4.0, -8.0, 1.0)), 3),
+        AcceptedUpdate(write_update(tmp_path, "b", linear(0.0, 8.0, -3.0)), 1),
     ]
     mean = aggregate(updates, SPECS)
     # Each is (3 times the first + the second) / 4.
@@ -48,16 +49,17 @@ def test_three_examples_weigh_three_times_as_much_as_one(tmp_path):
 
 def test_uniform_weighting_forgets_the_examples(tmp_path):
     updates = [
-        (write_update(tmp_path, "a", linear(4.0, -8.0, 1.0)), Weighting.UNIFORM.weight(3)),
-        (write_update(tmp_path, "b", linear(0.0, 8.0, -3.0)), Weighting.UNIFORM.weight(1)),
+        AcceptedUpdate(write_update(tmp_path, "a", linear(4.0, -8.0, 1.0)), 3),
+        AcceptedUpdate(write_update(tmp_path, "b", linear(0.0, 8.0, -3.0)), 1),
     ]
-    assert aggregate(updates, SPECS)["weight"].tolist() == [[2.0, 0.0]]
+    mean = aggregate(updates, SPECS, weighting=Weighting.UNIFORM)
+    assert mean["weight"].tolist() == [[2.0, 0.0]]
     assert Weighting.EXAMPLES.weight(3) == 3.0
 
 
 def test_one_update_alone_is_its_own_mean_to_the_last_bit(tmp_path):
     update = linear(0.1, -1e-38, 3.0e38)
-    mean = aggregate([(write_update(tmp_path, "a", update), 7.0)], SPECS)
+    mean = aggregate([AcceptedUpdate(write_update(tmp_path, "a", update), 7)], SPECS)
     assert encode_tensors(mean) == encode_tensors(update)
 
 
@@ -83,7 +85,7 @@ def test_the_order_of_arrival_does_not_change_a_bit(tmp_path):
     rng = np.random.default_rng(3)
     spec = TensorSpec(name="w", dtype="float32", shape=(1000,))
     names = [f"pi-{index:03}" for index in range(40)]
-    weights = {name: float(rng.integers(1, 500)) for name in names}
+    weights = {name: int(rng.integers(1, 500)) for name in names}
     results = set()
     for shuffle in range(3):
         arrived = random.Random(shuffle).sample(names, len(names))
@@ -91,7 +93,7 @@ def test_the_order_of_arrival_does_not_change_a_bit(tmp_path):
         for name in arrived:
             values = np.random.default_rng(names.index(name)).normal(size=1000)
             paths[name] = write_update(tmp_path, name, {"w": values.astype(np.float32)})
-        ordered = [(paths[name], weights[name]) for name in sorted(paths)]
+        ordered = [AcceptedUpdate(paths[name], weights[name]) for name in sorted(paths)]
         results.add(encode_tensors(aggregate(ordered, (spec,))))
     assert len(results) == 1
 
@@ -116,10 +118,21 @@ def test_tensors_of_any_size_are_summed_to_their_last_element(size):
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
-def test_a_weight_must_be_positive_and_finite(weight, tmp_path):
-    path = write_update(tmp_path, "a", linear(1, 2, 3))
+def test_a_weight_must_be_positive_and_finite(weight):
+    mean = WeightedMean(SPECS)
     with pytest.raises(ValueError, match="weight"):
-        aggregate([(path, weight)], SPECS)
+        mean.accumulate(mean.init(), linear(1, 2, 3).items(), weight)
+    with pytest.raises(ValueError, match="scale"):
+        mean.accumulate(mean.init(), linear(1, 2, 3).items(), 1.0, scale=weight)
+
+
+def test_a_stale_update_moves_the_mean_towards_zero_and_not_towards_the_others(tmp_path):
+    fresh = AcceptedUpdate(write_update(tmp_path, "a", linear(4.0, 0.0, 2.0)), 3)
+    stale = AcceptedUpdate(write_update(tmp_path, "b", linear(8.0, 4.0, 0.0)), 1, scale=0.5)
+    mean = aggregate([fresh, stale], SPECS)
+    # Three times the fresh one and once half of the stale one, over the whole weight of four.
+    assert mean["weight"].tolist() == [[4.0, 0.5]]
+    assert mean["bias"].tolist() == [1.5]
 
 
 def test_the_mean_of_no_updates_is_refused():
@@ -139,7 +152,7 @@ def test_peak_memory_is_three_models_however_large_the_cohort(shapes, tmp_path):
 
     def peak_in_models(count):
         tracemalloc.start()
-        aggregate([(path, 1.0) for path in paths[:count]], specs)
+        aggregate([AcceptedUpdate(path, 1) for path in paths[:count]], specs)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak / model_bytes

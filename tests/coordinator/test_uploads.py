@@ -60,12 +60,14 @@ def test_a_repeated_offer_is_answered_from_where_the_device_stands(tmp_path: Pat
     data = data_of("a", 3)
     desk.offered("a", offer_of(data), 0.0)
     desk.offered("b", offer_of(data_of("b", 3)), 0.0)
-    send(desk, "a", data, 1)
-    ((device, grant),) = desk.offered("a", offer_of(data), 0.0)
+    send(desk, "a", data, 0)
+    # While its chunks come, a new grant would only have it send again what is on its way.
+    assert desk.offered("a", offer_of(data), 0.5) == ()
+    ((device, grant),) = desk.offered("a", offer_of(data), 2.0)
     assert device == "a"
     assert isinstance(grant, Grant)
-    assert ChunkSet.decode(grant.held, 3) == ChunkSet(3, [1])
-    assert desk.offered("b", offer_of(data_of("b", 3)), 0.0) == ()
+    assert ChunkSet.decode(grant.held, 3) == ChunkSet(3, [0])
+    assert granted(desk.offered("b", offer_of(data_of("b", 3)), 2.0)) == []
 
 
 def test_a_silent_device_loses_its_slot_and_not_its_chunks(tmp_path: Path) -> None:
@@ -77,6 +79,7 @@ def test_a_silent_device_loses_its_slot_and_not_its_chunks(tmp_path: Path) -> No
     assert desk.next_expiry() == 15.0
     assert granted(desk.expired(14.0)) == []
     assert granted(desk.expired(15.0)) == ["b"]
+    assert granted(desk.expired(16.0)) == []
     for index in (0, 1):
         finished = send(desk, "b", data["b"], index, now=16.0)
     assert finished is not None
@@ -86,11 +89,79 @@ def test_a_silent_device_loses_its_slot_and_not_its_chunks(tmp_path: Path) -> No
     assert ChunkSet.decode(grant.held, 2) == ChunkSet(2, [0])
 
 
-def test_without_a_line_a_silent_device_keeps_its_slot(tmp_path: Path) -> None:
+def test_without_a_line_a_silent_device_keeps_its_slot_and_is_asked_again(tmp_path: Path) -> None:
     desk = UploadDesk(tmp_path, slots=1, window=4, silence_s=10)
-    desk.offered("a", offer_of(data_of("a", 2)), 0.0)
     assert desk.next_expiry() is None
-    assert desk.expired(1000.0) == ()
+    desk.offered("a", offer_of(data_of("a", 2)), 0.0)
+    assert desk.next_expiry() == 10.0
+    assert granted(desk.expired(9.0)) == []
+    assert granted(desk.expired(10.0)) == ["a"]
+    assert desk.next_expiry() == 20.0
+
+
+def test_offering_again_does_not_prolong_a_turn(tmp_path: Path) -> None:
+    desk = UploadDesk(tmp_path, slots=1, window=4, silence_s=10)
+    for name in "ab":
+        desk.offered(name, offer_of(data_of(name, 2)), 0.0)
+    for now in (3.0, 6.0, 9.0):
+        assert granted(desk.offered("a", offer_of(data_of("a", 2)), now)) == ["a"]
+    assert granted(desk.expired(10.0)) == ["b"]
+
+
+def test_neither_does_the_same_chunk_again_and_again(tmp_path: Path) -> None:
+    desk = UploadDesk(tmp_path, slots=1, window=4, silence_s=10)
+    data = data_of("a", 3)
+    desk.offered("a", offer_of(data), 0.0)
+    desk.offered("b", offer_of(data_of("b", 2)), 0.0)
+    for now in (1.0, 5.0, 9.0):
+        assert send(desk, "a", data, 0, now) is None
+    assert granted(desk.expired(11.0)) == ["b"]
+
+
+def test_a_device_that_trickles_gives_way_after_some_time_if_others_wait(tmp_path: Path) -> None:
+    desk = UploadDesk(tmp_path, slots=1, window=32, silence_s=10)
+    data = data_of("a", 30)
+    desk.offered("a", offer_of(data), 0.0)
+    desk.offered("b", offer_of(data_of("b", 2)), 0.0)
+    grants = []
+    for index in range(9):
+        now = 9.0 * (index + 1)
+        send(desk, "a", data, index, now)
+        grants += granted(desk.expired(now))
+    assert grants == ["b"]
+    # It goes on where it was when its turn comes.
+    assert desk.drop("b") is not None
+    assert desk.next_expiry() == 0.0
+    ((_, grant),) = desk.expired(90.0)
+    assert isinstance(grant, Grant)
+    assert len(ChunkSet.decode(grant.held, 30)) == 9
+
+
+def test_replacing_an_offer_means_to_wait_anew(tmp_path: Path) -> None:
+    desk = UploadDesk(tmp_path, slots=1, window=4)
+    for name in "abc":
+        desk.offered(name, offer_of(data_of(name, 2)), 0.0)
+    assert granted(desk.offered("b", offer_of(data_of("another", 2)), 0.0)) == []
+    assert granted(desk.offered("a", offer_of(data_of("different", 2)), 0.0)) == ["c"]
+    finished = [send(desk, "c", data_of("c", 2), index) for index in (0, 1)][-1]
+    assert finished is not None
+    assert granted(desk.taken(finished, 0.0)) == ["b"]
+
+
+def test_the_same_update_cut_otherwise_or_for_another_round_is_another_update(
+    tmp_path: Path,
+) -> None:
+    desk = UploadDesk(tmp_path, slots=1, window=4)
+    data = data_of("a", 4)
+    desk.offered("a", offer_of(data), 0.0)
+    send(desk, "a", data, 0)
+    larger = offer_of(data).model_copy(update={"update": describe(data, 2 * CHUNK)})
+    for offer in (larger, offer_of(data, round_number=2)):
+        ((_, grant),) = desk.offered("a", offer, 0.0)
+        assert isinstance(grant, Grant)
+        assert grant.round == offer.round
+        assert len(ChunkSet.decode(grant.held, offer.update.chunk_count)) == 0
+    assert len(desk) == 1
 
 
 def test_two_devices_may_send_the_same_bytes(tmp_path: Path) -> None:
@@ -148,7 +219,7 @@ def test_files_of_other_rounds_are_removed_at_the_start(tmp_path: Path) -> None:
     desk = UploadDesk(tmp_path, slots=2, window=4)
     desk.offered("a", offer_of(data_of("a", 2), round_number=1), 0.0)
     desk.offered("b", offer_of(data_of("b", 2), round_number=2), 0.0)
-    UploadDesk(tmp_path, slots=2, window=4).keep_only(2)
+    UploadDesk(tmp_path, slots=2, window=4).keep_only({2})
     assert [folder.name for folder in tmp_path.iterdir()] == ["2"]
 
 

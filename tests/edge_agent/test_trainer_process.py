@@ -19,8 +19,14 @@ from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.data.examples import Examples
 from fedge.edge_agent.engines import EngineName
 from fedge.edge_agent.engines.onnx_engine import OnnxEngine
+from fedge.edge_agent.trainer import process as trainer_process
 from fedge.edge_agent.trainer.jobs import ActivateJob, CountJob, Progressed, TrainJob
-from fedge.edge_agent.trainer.process import TrainerLimits, TrainerPool, TrainerProcess
+from fedge.edge_agent.trainer.process import (
+    TrainerKilled,
+    TrainerLimits,
+    TrainerPool,
+    TrainerProcess,
+)
 from fedge.edge_agent.training import train
 from fedge.edge_agent.training_settings import TrainingSettings
 from fedge.schemas.blobs import describe
@@ -30,6 +36,7 @@ from fedge.schemas.errors import (
     PeerError,
     PlanRefused,
     RejectReason,
+    StoreUnavailable,
     TrainingFailed,
 )
 from fedge.schemas.ids import sha256
@@ -41,6 +48,7 @@ from tests.edge_agent.plans import (
     linear_plan,
     train_graph,
 )
+from tests.edge_agent.small_disks import small_disk
 
 SETTINGS = TrainingSettings(seed=1, batch_size=8, learning_rate=0.05, local_epochs=2)
 ENDLESS = SETTINGS.model_copy(update={"learning_rate": 1e-6, "local_epochs": 1000})
@@ -194,12 +202,86 @@ def test_a_process_killed_in_training_fails_the_job_and_the_next_job_works(endle
         async with trainer() as process:
             task = await started(process, endless.train_job(ENDLESS))
             os.kill(process.pid, signal.SIGKILL)
-            with pytest.raises(TrainingFailed, match="SIGKILL"):
+            with pytest.raises(TrainerKilled, match="SIGKILL"):
                 await task
             assert endless.leftovers() == []
             assert (await process.run(endless.train_job())).steps == 1000
 
     asyncio.run(scenario())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux'")
+def test_a_process_that_stays_stopped_fails_the_job_and_the_next_job_works(endless, monkeypatch):
+    monkeypatch.setattr(trainer_process, "_SILENCE_S", 0.2)
+
+    async def scenario():
+        async with trainer() as process:
+            task = await started(process, endless.train_job(ENDLESS))
+            pid = process.pid
+            os.kill(pid, signal.SIGSTOP)
+            with pytest.raises(TrainerKilled, match="SIGSTOP"):
+                await task
+            assert not is_alive(pid)
+            assert endless.leftovers() == []
+            assert (await process.run(endless.train_job())).steps == 1000
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux'")
+def test_a_process_that_was_stopped_for_a_moment_goes_on(endless, monkeypatch):
+    monkeypatch.setattr(trainer_process, "_SILENCE_S", 1.0)
+
+    async def scenario():
+        async with trainer() as process:
+            task = await started(process, endless.train_job())
+            pid = process.pid
+            os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(1.2)  # it is seen stopped once
+            os.kill(pid, signal.SIGCONT)
+            assert (await task).steps == 1000
+            assert process.pid == pid
+
+    asyncio.run(scenario())
+
+
+def test_a_process_that_says_nothing_for_long_is_left_alone_while_it_runs(device, monkeypatch):
+    # Starting up takes a hundred times as long as this.
+    monkeypatch.setattr(trainer_process, "_SILENCE_S", 0.005)
+
+    async def scenario():
+        async with trainer() as process:
+            assert (await process.run(device.train_job())).steps == 8
+
+    asyncio.run(scenario())
+
+
+def test_a_process_that_cannot_be_started_fails_the_job(device, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(device.folder / "no-python"))
+
+    async def scenario():
+        async with trainer() as process:
+            with pytest.raises(TrainingFailed, match="cannot be started"):
+                await process.run(device.train_job())
+
+    asyncio.run(scenario())
+
+
+def test_a_disk_that_is_full_comes_back_as_what_may_pass(device):
+    with small_disk(device.folder / "disk", 64 * 1024) as disk:
+        disk.fill()
+        job = device.train_job(output=disk.folder / "update")
+
+        async def scenario():
+            async with trainer() as process:
+                for _ in range(2):
+                    with pytest.raises(StoreUnavailable, match="No space left"):
+                        await process.run(job)
+                disk.empty()
+                assert (await process.run(job)).steps == 8
+
+        asyncio.run(scenario())
+        assert [path.name for path in disk.folder.iterdir()] == ["update"]
 
 
 def test_cancelling_a_job_ends_its_process(endless):

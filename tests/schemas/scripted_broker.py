@@ -26,6 +26,9 @@ class Type(IntEnum):
     CONNACK = 2
     PUBLISH = 3
     PUBACK = 4
+    PUBREC = 5
+    PUBREL = 6
+    PUBCOMP = 7
     SUBSCRIBE = 8
     SUBACK = 9
     UNSUBSCRIBE = 10
@@ -126,12 +129,30 @@ class Wire:
         codes = bytes([code]) * subscribe.filter_count(v5=self.v5)
         self.send(Type.SUBACK, subscribe.body[:2] + (b"\0" if self.v5 else b"") + codes)
 
-    def publish(self, topic: bytes, payload: bytes, packet_id: int = 0) -> None:
-        """A PUBLISH with QoS 1, or 0 without a packet identifier."""
-        identifier = struct.pack("!H", packet_id) if packet_id else b""
+    def publish(
+        self,
+        topic: bytes,
+        payload: bytes,
+        packet_id: int | None = None,
+        *,
+        qos: int = 1,
+        retained: bool = False,
+        again: bool = False,
+    ) -> None:
+        """A PUBLISH with QoS 1 or the given one, or 0 without a packet identifier."""
+        identifier = b"" if packet_id is None else struct.pack("!H", packet_id)
         properties = b"\0" if self.v5 else b""
         body = struct.pack("!H", len(topic)) + topic + identifier + properties + payload
-        self.send(Type.PUBLISH, body, flags=0x02 if packet_id else 0)
+        level = 0 if packet_id is None else qos
+        self.send(Type.PUBLISH, body, flags=again << 3 | level << 1 | retained)
+
+    def raw(self, data: bytes) -> None:
+        """Bytes as they are, whatever they mean."""
+        self.writer.write(data)
+
+    def disconnect(self, code: int) -> None:
+        """DISCONNECT with a reason (MQTT 5, section 3.14.2.1)."""
+        self.send(Type.DISCONNECT, bytes([code]))
 
     async def accept(self, *, session_present: bool = False, properties: bytes = b"") -> Packet:
         """Answers CONNECT with a positive CONNACK and returns it."""
@@ -154,6 +175,29 @@ class Wire:
 def receive_maximum(value: int) -> bytes:
     """The CONNACK property (MQTT 5, section 3.2.2.3.3)."""
     return b"\x21" + struct.pack("!H", value)
+
+
+def server_keep_alive(value: int) -> bytes:
+    """The CONNACK property (MQTT 5, section 3.2.2.3.14)."""
+    return b"\x13" + struct.pack("!H", value)
+
+
+def maximum_packet_size(value: int) -> bytes:
+    """The CONNACK property (MQTT 5, section 3.2.2.3.6)."""
+    return b"\x27" + struct.pack("!I", value)
+
+
+def message_expiry_s(publish: Packet) -> int | None:
+    """The expiry in the properties of a PUBLISH of MQTT 5 with QoS 1, if it has one."""
+    (topic_bytes,) = struct.unpack_from("!H", publish.body)
+    start = 2 + topic_bytes + 2
+    size = publish.body[start]
+    properties = publish.body[start + 1 : start + 1 + size]
+    if not properties:
+        return None
+    assert properties[0] == 0x02
+    (found,) = struct.unpack_from("!I", properties, 1)
+    return found
 
 
 Script = Callable[[Wire], Awaitable[None]]

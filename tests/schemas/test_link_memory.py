@@ -151,3 +151,37 @@ def test_a_killed_broker_publishes_no_will_and_keeps_nothing():
         assert [type(event) for event in taken(mortal)] == [LinkUp, LinkDown, LinkUp]
 
     asyncio.run(scenario())
+
+
+def test_what_expired_is_not_delivered_to_whoever_comes_back_and_is_retained_no_more():
+    async def scenario() -> None:
+        broker = MemoryBroker(random.Random(1))
+        sender, receiver = await pair(broker)
+        broker.partition("receiver")
+        await sender.publish("t", b"short", expiry_s=5.0)
+        await sender.publish("t", b"long", expiry_s=50.0)
+        await sender.publish("t", b"for ever")
+        await sender.publish("r", b"retained", retain=True, expiry_s=5.0)
+        assert broker.retained == {"r": b"retained"}
+        broker.advance(5.0)
+        broker.heal("receiver")
+        assert payloads(receiver) == [b"long", b"for ever"]
+        assert broker.retained == {}
+
+    asyncio.run(scenario())
+
+
+def test_what_expires_before_it_can_be_sent_is_over_for_its_sender():
+    async def scenario() -> None:
+        broker = MemoryBroker(random.Random(1))
+        sender, receiver = await pair(broker)
+        broker.partition("sender")
+        late = asyncio.create_task(sender.publish("t", b"late", expiry_s=5.0))
+        kept = asyncio.create_task(sender.publish("t", b"kept"))
+        await asyncio.sleep(0)
+        broker.advance(6.0)
+        broker.heal("sender")
+        await asyncio.gather(late, kept)
+        assert payloads(receiver) == [b"kept"]
+
+    asyncio.run(scenario())

@@ -6,6 +6,7 @@ names and digests; bytes lie as files named by their digest in `<state>/blobs`.
 """
 
 from fedge.coordinator.store.records import (
+    Collected,
     Contribution,
     DeviceRecord,
     DeviceSighting,
@@ -15,13 +16,16 @@ from fedge.coordinator.store.records import (
     PlanRecord,
     Refusal,
     RefusalRecord,
+    Retention,
     RoundRecord,
     RoundReport,
+    RoundSummary,
     VersionRecord,
 )
 from fedge.coordinator.store.store import Store
 
 __all__ = [
+    "Collected",
     "Contribution",
     "DeviceRecord",
     "DeviceSighting",
@@ -31,8 +35,10 @@ __all__ = [
     "PlanRecord",
     "Refusal",
     "RefusalRecord",
+    "Retention",
     "RoundRecord",
     "RoundReport",
+    "RoundSummary",
     "Store",
     "VersionRecord",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, Row, select, update
 
 from fedge.coordinator.store.records import (
+    ASYNC,
     Outcome,
     ParticipantRecord,
     ParticipantStatus,
@@ -18,6 +20,11 @@ from fedge.coordinator.store.rows import participant_of, refusal_of, version_of
 from fedge.coordinator.store.tables import facts, participants, refusals, rounds, versions
 from fedge.schemas.errors import PeerError, RejectReason, StoreError
 from fedge.schemas.messages import RoundPhase
+
+UNANSWERED = (ParticipantStatus.ASKED.value, ParticipantStatus.OFFERED.value)
+
+NAMES_A_STATEMENT = 500
+"""Databases limit how many values one statement may hold."""
 
 
 def population_of(connection: Connection) -> str | None:
@@ -33,22 +40,37 @@ def version_numbered(connection: Connection, number: int) -> VersionRecord | Non
 
 def participants_in(connection: Connection, round_number: int) -> tuple[ParticipantRecord, ...]:
     """The devices of a round, in name order."""
-    statement = (
-        select(participants)
-        .where(participants.c.round == round_number)
-        .order_by(participants.c.device)
-    )
-    return tuple(participant_of(row) for row in connection.execute(statement))
+    statement = select(participants).where(participants.c.round == round_number)
+    found = [participant_of(row) for row in connection.execute(statement)]
+    # By Python: databases differ in how they order text.
+    return tuple(sorted(found, key=lambda one: one.device))
+
+
+def participant_row(connection: Connection, round_number: int, device: str) -> Row[Any] | None:
+    """The row of one device in one round."""
+    return connection.execute(
+        select(participants).where(
+            participants.c.round == round_number, participants.c.device == device
+        )
+    ).first()
 
 
 def refusals_in(connection: Connection, round_number: int) -> tuple[RefusalRecord, ...]:
     """The refusals counted for a round, by device and reason."""
-    statement = (
-        select(refusals)
-        .where(refusals.c.round == round_number)
-        .order_by(refusals.c.device, refusals.c.reason)
+    statement = select(refusals).where(refusals.c.round == round_number)
+    found = [refusal_of(row) for row in connection.execute(statement)]
+    return tuple(sorted(found, key=lambda one: (one.device or "", one.reason.value)))
+
+
+def train(connection: Connection, round_number: int, **values: Any) -> None:
+    """Puts a round into its training phase, with `values`. Raises `StoreError` if it is closed."""
+    trains = (
+        update(rounds)
+        .where(rounds.c.number == round_number, rounds.c.outcome.is_(None))
+        .values(phase=RoundPhase.TRAINING.value, **values)
     )
-    return tuple(refusal_of(row) for row in connection.execute(statement))
+    if connection.execute(trains).rowcount != 1:
+        raise StoreError(f"round {round_number} is not open")
 
 
 def close_round(
@@ -60,9 +82,10 @@ def close_round(
     reason: str = "",
     version: int | None = None,
 ) -> None:
-    """Gives a round its outcome; who has not answered becomes silent.
+    """Gives a round its outcome.
 
-    Raises `StoreError` if the round is not open.
+    Who has not answered becomes silent, but not in asynchronous mode: there an update may still
+    come and count in a later round. Raises `StoreError` if the round is not open.
     """
     closes = (
         update(rounds)
@@ -77,12 +100,30 @@ def close_round(
     )
     if connection.execute(closes).rowcount != 1:
         raise StoreError(f"round {round_number} is not open")
-    unanswered = (ParticipantStatus.ASKED.value, ParticipantStatus.OFFERED.value)
-    connection.execute(
+    mode = connection.scalar(select(rounds.c.mode).where(rounds.c.number == round_number))
+    if mode != ASYNC:
+        become_silent(connection, round_number, at=at)
+
+
+def become_silent(
+    connection: Connection,
+    round_number: int,
+    *,
+    at: float,
+    devices: Iterable[str] | None = None,
+) -> None:
+    """Whoever has not answered in a round is waited for no longer: all, or those of `devices`."""
+    silenced = (
         update(participants)
-        .where(participants.c.round == round_number, participants.c.status.in_(unanswered))
+        .where(participants.c.round == round_number, participants.c.status.in_(UNANSWERED))
         .values(status=ParticipantStatus.SILENT.value, decided_at=at)
     )
+    if devices is None:
+        connection.execute(silenced)
+        return
+    names = iter(devices)
+    while some := list(islice(names, NAMES_A_STATEMENT)):
+        connection.execute(silenced.where(participants.c.device.in_(some)))
 
 
 def decide(
@@ -92,25 +133,26 @@ def decide(
     status: ParticipantStatus,
     values: Mapping[str, Any],
     *,
-    only_while_open: bool = False,
+    only_while_open: int | None = None,
 ) -> bool:
     """Gives a participant a status and `values`; False, and no change, if it was accepted before.
 
-    Raises `PeerError`: not_in_cohort, or late if the round has closed and `only_while_open`.
+    Raises `PeerError`: not_in_cohort, or late if the round numbered `only_while_open` is not open.
     """
-    row = connection.execute(
-        select(participants.c.status, rounds.c.outcome)
-        .join(rounds, rounds.c.number == participants.c.round)
-        .where(participants.c.round == round_number, participants.c.device == device)
-    ).first()
+    row = participant_row(connection, round_number, device)
     if row is None:
         raise PeerError(
             RejectReason.NOT_IN_COHORT, f"{device} was not asked in round {round_number}"
         )
     if row.status == ParticipantStatus.ACCEPTED.value:
         return False
-    if only_while_open and row.outcome is not None:
-        raise PeerError(RejectReason.LATE, f"round {round_number} was {row.outcome} before")
+    if only_while_open is not None:
+        open_round = connection.execute(
+            select(rounds.c.outcome).where(rounds.c.number == only_while_open)
+        ).first()
+        if open_round is None or open_round.outcome is not None:
+            ended = "does not exist" if open_round is None else f"was {open_round.outcome} before"
+            raise PeerError(RejectReason.LATE, f"round {only_while_open} {ended}")
     connection.execute(
         update(participants)
         .where(participants.c.round == round_number, participants.c.device == device)

@@ -14,6 +14,10 @@ from fedge.schemas.blobs import BlobRef
 from fedge.schemas.errors import RejectReason
 from fedge.schemas.messages import LossCurve, RoundPhase
 
+SYNC = "sync"
+ASYNC = "async"
+"""The two values of `RoundRecord.mode`."""
+
 
 class Outcome(StrEnum):
     """How a round ended."""
@@ -59,6 +63,7 @@ class VersionRecord:
     `base`: the version it was made from, `round`: the round that made it, both None for the
     first. `model_sha256`, `model_bytes`: the exported ONNX file. `server_state`: the digest of
     the server optimizer's tensors. `metrics`: the evaluation, by name, `loss` among them.
+    `files_kept`: False when its files were deleted by the operator's wish (`[retention]`).
     """
 
     number: int
@@ -73,11 +78,16 @@ class VersionRecord:
     server_state: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    files_kept: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
-    """One attempt to make a version. `version`: the one it made, if it did."""
+    """One attempt to make a version. `version`: the one it made, if it did.
+
+    `mode`: "sync", or "async". `details_kept`: False when its participants and refusals were
+    deleted by the operator's wish (`[retention]`).
+    """
 
     number: int
     base: int
@@ -92,6 +102,24 @@ class RoundRecord:
     outcome: Outcome | None = None
     reason: str = ""
     version: int | None = None
+    mode: str = SYNC
+    details_kept: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSummary:
+    """A closed round in numbers. `cohort`: devices asked; `failed`: those failed or rejected."""
+
+    number: int
+    mode: str
+    goal: int
+    cohort: int
+    accepted: int
+    failed: int
+    outcome: Outcome
+    opened_at: float
+    closed_at: float
+    train_until: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +138,9 @@ class Contribution:
 class ParticipantRecord:
     """One device in one round. `contribution`: of its latest offer, or the accepted one.
 
-    `decided_at`: when it was accepted, rejected, failed or found silent.
+    `decided_at`: when it was accepted, rejected, failed or found silent. `base`: the version it
+    trains from, None where that is its round's. `until`: seconds since the epoch, after which its
+    update is not wanted. `counted_in`: the round into whose version its update counts.
     """
 
     round: int
@@ -122,6 +152,9 @@ class ParticipantRecord:
     detail: str = ""
     offered_at: float | None = None
     decided_at: float | None = None
+    base: int | None = None
+    until: float | None = None
+    counted_in: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,3 +215,34 @@ class RoundReport:
     participants: tuple[ParticipantRecord, ...]
     refusals: tuple[RefusalRecord, ...]
     version: VersionRecord | None
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """What the operator wants kept; None keeps all.
+
+    `versions`: the newest so many keep their files, at least 2. `rounds`: the newest so many closed
+    ones keep their participants and refusals. `devices_unseen_days`: devices that are offline and
+    were not seen for longer are forgotten.
+    """
+
+    versions: int | None = None
+    rounds: int | None = None
+    devices_unseen_days: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What `collect` has deleted, or would delete.
+
+    `versions`: those that lost their files; `rounds`: those that lost their details; `blobs`:
+    files, leftovers of a crash among them; `bytes_freed`: of the blobs. `postponed`: True if the
+    files were left where they are, because a backup is being made.
+    """
+
+    versions: int = 0
+    rounds: int = 0
+    devices: int = 0
+    blobs: int = 0
+    bytes_freed: int = 0
+    postponed: bool = False

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Row
-
 from fedge.coordinator.store.records import (
     Contribution,
     DeviceRecord,
@@ -15,12 +13,14 @@ from fedge.coordinator.store.records import (
     PlanRecord,
     RefusalRecord,
     RoundRecord,
+    RoundSummary,
     VersionRecord,
 )
 from fedge.schemas.errors import RejectReason
 from fedge.schemas.messages import RoundPhase
 
-AnyRow = Row[Any]
+# A row's columns are known by name only: what they hold is said in the records.
+AnyRow = Any
 Values = dict[str, Any]
 
 
@@ -55,6 +55,7 @@ def version_values(version: VersionRecord) -> Values:
         "metrics": dict(version.metrics),
         "note": version.note,
         "created_at": version.created_at,
+        "files_kept": version.files_kept,
     }
 
 
@@ -79,6 +80,8 @@ def round_values(record: RoundRecord) -> Values:
         "outcome": None if record.outcome is None else record.outcome.value,
         "reason": record.reason,
         "version": record.version,
+        "mode": record.mode,
+        "details_kept": record.details_kept,
     }
 
 
@@ -88,6 +91,13 @@ def round_of(row: AnyRow) -> RoundRecord:
     values["phase"] = RoundPhase(values["phase"])
     values["outcome"] = None if values["outcome"] is None else Outcome(values["outcome"])
     return RoundRecord(**values)
+
+
+def summary_of(row: AnyRow) -> RoundSummary:
+    """The closed round, with its counts, in a row."""
+    values = dict(row._mapping)
+    values["outcome"] = Outcome(values["outcome"])
+    return RoundSummary(**values)
 
 
 def contribution_values(contribution: Contribution) -> Values:
@@ -119,6 +129,9 @@ def participant_of(row: AnyRow) -> ParticipantRecord:
         detail=row.detail,
         offered_at=row.offered_at,
         decided_at=row.decided_at,
+        base=row.base,
+        until=row.until,
+        counted_in=row.counted_in,
     )
 
 

@@ -1,7 +1,8 @@
 """The database's tables, as SQLAlchemy Core sees them.
 
 Constraints carry the promises: a device contributes to a round at most once because (round,
-device) is a key, and a round makes at most one version because `versions.round` is unique.
+device) is a key, and a round makes at most one version because `versions.round` is unique. A change
+here needs a migration in `migrations/versions`; a test compares the two.
 """
 
 from __future__ import annotations
@@ -18,19 +19,18 @@ from sqlalchemy import (
     Dialect,
     Double,
     ForeignKey,
+    Index,
     MetaData,
     PrimaryKeyConstraint,
     String,
     Table,
     Text,
     TypeDecorator,
+    true,
 )
 
 from fedge.schemas.blobs import BlobRef
 from fedge.schemas.messages import LossCurve
-
-SCHEMA_VERSION = 1
-"""Rises with every change below that an older database does not have."""
 
 
 class _Model(TypeDecorator[BaseModel]):
@@ -66,7 +66,10 @@ facts = Table(
     Column("name", String(40), primary_key=True),
     Column("value", Text, nullable=False),
 )
-"""`schema_version`, and `population`: whose state this is."""
+"""`population`: whose state this is. `release`: the one that wrote the schema, for an older one.
+`schema_version`: for the release 0.1.0, which reads nothing else. `writer`: the
+coordinator that serves, and its latest write (PostgreSQL). `blobs_owner`: the mark of this state in
+another place that keeps its blobs."""
 
 plans = Table(
     "plans",
@@ -93,6 +96,7 @@ versions = Table(
     Column("metrics", JSON, nullable=False),
     Column("note", Text, nullable=False),
     Column("created_at", Double, nullable=False),
+    Column("files_kept", Boolean, nullable=False, server_default=true()),
 )
 
 rounds = Table(
@@ -111,7 +115,10 @@ rounds = Table(
     Column("outcome", String(20), nullable=True),
     Column("reason", Text, nullable=False),
     _number("version", nullable=True),
+    Column("mode", String(10), nullable=False, server_default="sync"),
+    Column("details_kept", Boolean, nullable=False, server_default=true()),
     CheckConstraint("(phase = 'closed') = (outcome IS NOT NULL)", name="closed_has_an_outcome"),
+    Index("rounds_by_outcome", "outcome"),
 )
 
 participants = Table(
@@ -131,7 +138,13 @@ participants = Table(
     Column("asked_at", Double, nullable=False),
     Column("offered_at", Double, nullable=True),
     Column("decided_at", Double, nullable=True),
+    _number("base", nullable=True),
+    Column("until", Double, nullable=True),
+    _number("counted_in", nullable=True),
+    # Its first column is also the index of a round's participants.
     PrimaryKeyConstraint("round", "device"),
+    Index("participants_by_status", "status"),
+    Index("participants_by_counted_in", "counted_in"),
 )
 
 refusals = Table(
@@ -159,3 +172,11 @@ devices = Table(
     _number("version", nullable=True),
     Column("agent_version", String(40), nullable=True),
 )
+
+retained = Table(
+    "retained",
+    metadata,
+    _digest("sha256", primary_key=True),
+    _number("chunk_count", nullable=False),
+)
+"""What the coordinator has put on the broker and not taken back."""

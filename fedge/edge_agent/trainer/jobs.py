@@ -31,6 +31,7 @@ from fedge.schemas.errors import (
     PlanRefused,
     RejectReason,
     StoreError,
+    StoreUnavailable,
     TrainingFailed,
 )
 from fedge.schemas.ids import Digest
@@ -117,7 +118,18 @@ class FailureKind(StrEnum):
     PEER = "peer"
     PLAN_REFUSED = "plan_refused"
     STORE = "store"
+    STORE_UNAVAILABLE = "store_unavailable"
     TRAINING_FAILED = "training_failed"
+
+
+_PLAIN: dict[FailureKind, type[FedgeError]] = {
+    # Those that are all said by their text; the more special before its parent.
+    FailureKind.CONFIG: ConfigError,
+    FailureKind.PLAN_REFUSED: PlanRefused,
+    FailureKind.STORE_UNAVAILABLE: StoreUnavailable,
+    FailureKind.STORE: StoreError,
+    FailureKind.TRAINING_FAILED: TrainingFailed,
+}
 
 
 class Failed(_Line):
@@ -133,7 +145,6 @@ class Failed(_Line):
     @classmethod
     def of(cls, error: FedgeError) -> Failed:
         """The answer that stands for `error`."""
-        text = str(error)[:4000]
         match error:
             case ParityFailed():
                 return cls(
@@ -145,32 +156,20 @@ class Failed(_Line):
             case PeerError():
                 detail = error.detail[:4000]
                 return cls(kind=FailureKind.PEER, detail=detail, reason=error.reason)
-            case PlanRefused():
-                return cls(kind=FailureKind.PLAN_REFUSED, detail=text)
-            case ConfigError():
-                return cls(kind=FailureKind.CONFIG, detail=text)
-            case StoreError():
-                return cls(kind=FailureKind.STORE, detail=text)
             case _:
-                return cls(kind=FailureKind.TRAINING_FAILED, detail=text)
+                found = (kind for kind, plain in _PLAIN.items() if isinstance(error, plain))
+                kind = next(found, FailureKind.TRAINING_FAILED)
+                return cls(kind=kind, detail=str(error)[:4000])
 
     def error(self) -> FedgeError:
         """The exception that this stands for."""
-        match self.kind:
-            case FailureKind.PARITY_FAILED:
-                # JSON has no infinity: it arrives as nothing.
-                largest = math.inf if self.largest_difference is None else self.largest_difference
-                return ParityFailed(self.detail, largest, self.tolerance or 0.0)
-            case FailureKind.PEER:
-                return PeerError(self.reason or RejectReason.MALFORMED, self.detail)
-            case FailureKind.PLAN_REFUSED:
-                return PlanRefused(self.detail)
-            case FailureKind.CONFIG:
-                return ConfigError(self.detail)
-            case FailureKind.STORE:
-                return StoreError(self.detail)
-            case FailureKind.TRAINING_FAILED:
-                return TrainingFailed(self.detail)
+        if self.kind is FailureKind.PARITY_FAILED:
+            # JSON has no infinity: it arrives as nothing.
+            largest = math.inf if self.largest_difference is None else self.largest_difference
+            return ParityFailed(self.detail, largest, self.tolerance or 0.0)
+        if self.kind is FailureKind.PEER:
+            return PeerError(self.reason or RejectReason.MALFORMED, self.detail)
+        return _PLAIN[self.kind](self.detail)
 
 
 Answer = Progressed | Trained | Activated | Counted | Failed

@@ -1,8 +1,8 @@
 """The agent's side of the training process: starts it, asks, watches, ends it.
 
 One job at a time in one process. A process that fails to answer as it should (it crashed, took too
-long, was cancelled) is killed and never asked again; the next job gets a new one. Waiting is on
-pipes and deadlines only.
+long, was stopped or cancelled) is killed and never asked again; the next job gets a new one.
+Waiting is on pipes and deadlines only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pydantic import ValidationError
@@ -38,6 +39,8 @@ A = TypeVar("A")
 OnProgress = Callable[[Progressed], None]
 
 _END_GRACE_S = 2.0
+_SILENCE_S = 5.0
+"""A process that said nothing for so long is looked at: it may think, or have been stopped."""
 
 _ENVIRONMENT = {
     # A device trains on one thread unless told otherwise: linear algebra for numpy needs no pool,
@@ -46,6 +49,10 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
 }
+
+
+class TrainerKilled(TrainingFailed):
+    """A signal ended or stopped the process in the midst of a job, whatever the job was."""
 
 
 class Trainer(Protocol):
@@ -97,8 +104,9 @@ class TrainerProcess:
     async def run(self, job: JobFor[A], on_progress: OnProgress | None = None) -> A:
         """The answer to `job`; `on_progress` is called now and then while it trains.
 
-        Raises what the job raised (see `fedge.edge_agent.trainer.child`); `TrainingFailed` if the
-        process crashed, took too long or answered nonsense. Cancelling kills the process at once.
+        Raises what the job raised (see `fedge.edge_agent.trainer.child`); `TrainerKilled` if a
+        signal ended the process or stopped it for longer than a moment; `TrainingFailed` if it
+        crashed otherwise, took too long or answered nonsense. Cancelling kills it at once.
         """
         async with self._turn:
             self._stop_expiry()
@@ -110,6 +118,10 @@ class TrainerProcess:
                 async with asyncio.timeout(self._limits.time_limit_s):
                     answer = await _converse(child, job, on_progress)
                 answered = True
+            except TrainerKilled as error:
+                if self._closed:
+                    raise TrainingFailed("the training process was closed") from error
+                raise
             except TimeoutError as error:
                 raise TrainingFailed(
                     f"the job took longer than time_limit_s = {self._limits.time_limit_s:g}"
@@ -142,15 +154,18 @@ class TrainerProcess:
         options = ["--nice", str(self._limits.nice)]
         if self._limits.memory_limit_bytes is not None:
             options += ["--memory-limit-bytes", str(self._limits.memory_limit_bytes)]
-        self._child = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "fedge.edge_agent.trainer"),
-            *options,
-            stdin=PIPE,
-            stdout=PIPE,
-            limit=MAX_LINE_BYTES,
-            env=_ENVIRONMENT | os.environ,
-        )
+        try:
+            self._child = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "fedge.edge_agent.trainer"),
+                *options,
+                stdin=PIPE,
+                stdout=PIPE,
+                limit=MAX_LINE_BYTES,
+                env=_ENVIRONMENT | os.environ,
+            )
+        except OSError as error:
+            raise TrainingFailed(f"the training process cannot be started: {error}") from error
         log.info("trainer_started pid=%d", self._child.pid)
         return self._child
 
@@ -216,13 +231,16 @@ class TrainerPool:
 
 
 async def _converse(child: Process, job: JobFor[A], on_progress: OnProgress | None) -> A | Failed:
-    """Sends `job` and reads answers up to the last one. Raises `TrainingFailed`."""
+    """Sends `job` and reads answers up to the last one.
+
+    Raises `TrainingFailed`, and `TrainerKilled` for a process that a signal ended or stopped.
+    """
     if child.stdin is None or child.stdout is None:
         raise TrainingFailed("the training process has no pipes")
     try:
         child.stdin.write(job.encode())
         await child.stdin.drain()
-        while line := await child.stdout.readline():
+        while line := await _next_line(child, child.stdout):
             answer = decode_answer(line)
             if isinstance(answer, (Failed, job.answer_type)):
                 return answer
@@ -236,7 +254,35 @@ async def _converse(child: Process, job: JobFor[A], on_progress: OnProgress | No
         raise TrainingFailed(f"the training process gave an unreadable answer: {error}") from error
     if line:
         raise TrainingFailed("the training process gave the answer to another question")
-    raise TrainingFailed(f"the training process {_ending(await child.wait())}")
+    status = await child.wait()
+    kind = TrainerKilled if status < 0 else TrainingFailed
+    raise kind(f"the training process {_ending(status)}")
+
+
+async def _next_line(child: Process, answers: asyncio.StreamReader) -> bytes:
+    """The next line, empty at the end. Raises `TrainerKilled` for a process that stays stopped."""
+    stopped = False
+    while True:
+        try:
+            async with asyncio.timeout(_SILENCE_S):
+                return await answers.readline()
+        except TimeoutError:
+            # Twice in a row: a stop of a moment does no harm.
+            stopped, before = _is_stopped(child.pid), stopped
+            if stopped and before:
+                raise TrainerKilled(
+                    "the training process was stopped (SIGSTOP) and not continued"
+                ) from None
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a signal stopped the process. Where there is no /proc, only deadlines find out."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    # "pid (name) state …", and a name may hold anything (proc(5)).
+    return status.rpartition(")")[2].split()[:1] == ["T"]
 
 
 def _ending(returncode: int) -> str:
@@ -252,4 +298,6 @@ def _ending(returncode: int) -> str:
 
 def _remove_partial(job: object) -> None:
     if isinstance(job, TrainJob | ActivateJob):
-        partial_of(job.output).unlink(missing_ok=True)
+        # On a disk that is read-only now it stays, and goes at the next start.
+        with contextlib.suppress(OSError):
+            partial_of(job.output).unlink(missing_ok=True)

@@ -15,9 +15,10 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 import random
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedge.schemas.errors import LinkClosed, PayloadTooLarge
 from fedge.schemas.link.filters import FilterSet, covers
@@ -50,6 +51,13 @@ class _Message:
     topic: str
     payload: bytes
     retained: bool
+    expires_s: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class _Publish:
+    message: _Message
+    done: asyncio.Future[None]
 
 
 @dataclass(slots=True)
@@ -87,7 +95,7 @@ class MemoryBroker:
         self._rng = rng
         self._running = True
         self._sessions: dict[str, _Session] = {}
-        self._retained: dict[str, bytes] = {}
+        self._retained: dict[str, _Message] = {}
         self._links: list[MemoryLink] = []
         self._partitioned: set[str] = set()
         self._held: list[tuple[float, int, str, _Message]] = []
@@ -103,8 +111,8 @@ class MemoryBroker:
 
     @property
     def retained(self) -> dict[str, bytes]:
-        """The retained messages by topic."""
-        return dict(self._retained)
+        """The payloads of the retained messages by topic."""
+        return {topic: each.payload for topic, each in self._retained.items() if self._lives(each)}
 
     @property
     def held(self) -> int:
@@ -169,23 +177,23 @@ class MemoryBroker:
             self._links.remove(link)
             self._release(link)
 
-    def accept(self, message_topic: str, payload: bytes, retain: bool) -> None:
+    def accept(self, message: _Message) -> None:
         """A publish: keeps it if retained, and starts a copy to each subscriber."""
-        if retain and payload:
-            self._retained[message_topic] = payload
-        elif retain:
-            self._retained.pop(message_topic, None)
+        if message.retained and message.payload:
+            self._retained[message.topic] = message
+        elif message.retained:
+            self._retained.pop(message.topic, None)
         for client_id, session in self._sessions.items():
-            if session.filters.covers(message_topic):
-                self._send(client_id, _Message(message_topic, payload, retained=False))
+            if session.filters.covers(message.topic):
+                self._send(client_id, replace(message, retained=False))
 
     def subscribe(self, client_id: str, filters: list[str]) -> None:
         """Notes filters in the session and sends what is retained under each."""
         for topic_filter in filters:
             self._sessions[client_id].filters.add(topic_filter)
-            for topic, payload in list(self._retained.items()):
+            for topic, message in list(self._retained.items()):
                 if covers(topic_filter, topic):
-                    self._send(client_id, _Message(topic, payload, retained=True))
+                    self._send(client_id, message)
 
     def unsubscribe(self, client_id: str, filters: list[str]) -> None:
         """Takes filters out of the session."""
@@ -200,6 +208,9 @@ class MemoryBroker:
             self._fill(session)
 
     # ------------------------------------------------------------------ inside
+
+    def _lives(self, message: _Message) -> bool:
+        return self.now_s < message.expires_s
 
     def _links_of(self, client_id: str) -> list[MemoryLink]:
         return [link for link in self._links if link.client_id == client_id]
@@ -223,7 +234,7 @@ class MemoryBroker:
         self._release(link)
         link.went_down(reason)
         if publish_will and link.will is not None:
-            self.accept(link.will.topic, link.will.payload, retain=True)
+            self.accept(_Message(link.will.topic, link.will.payload, retained=True))
 
     def _release(self, link: MemoryLink) -> None:
         session = self._sessions.get(link.client_id)
@@ -269,6 +280,8 @@ class MemoryBroker:
             and len(session.unacknowledged) < link.receive_maximum
         ):
             message = session.waiting.popleft()
+            if not self._lives(message):
+                continue
             token = next(self._numbers)
             session.unacknowledged[token] = message
             link.arrived(Delivery(message.topic, message.payload, message.retained, token))
@@ -289,7 +302,7 @@ class MemoryLink:
         self._granted: set[str] = set()
         self._revoked: set[str] = set()
         self._events: deque[LinkEvent] = deque()
-        self._pending: deque[tuple[str, bytes, bool, asyncio.Future[None]]] = deque()
+        self._pending: deque[_Publish] = deque()
         self._wake_up: asyncio.Future[None] | None = None
         self._up = False
         self._started = False
@@ -321,9 +334,9 @@ class MemoryLink:
         self._closed = True
         self._up = False
         self._broker.leave(self)
-        for *_, done in self._pending:
-            if not done.done():
-                done.set_exception(LinkClosed("the link was closed"))
+        for publish in self._pending:
+            if not publish.done.done():
+                publish.done.set_exception(LinkClosed("the link was closed"))
         self._pending.clear()
         self._events.clear()
         self._wake()
@@ -345,8 +358,10 @@ class MemoryLink:
         """Tells the broker that it may forget this delivery. Harmless when repeated or too late."""
         self._broker.acknowledge(self, delivery.token)
 
-    async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
-        """Returns when the broker has it. Raises `PayloadTooLarge` or `LinkClosed`."""
+    async def publish(
+        self, topic: str, payload: bytes, *, retain: bool = False, expiry_s: float | None = None
+    ) -> None:
+        """Returns when the broker has it, or it expired. Raises `PayloadTooLarge`, `LinkClosed`."""
         self._raise_if_closed()
         if len(payload) > self._broker.max_payload_bytes:
             raise PayloadTooLarge(topic, len(payload), self._broker.max_payload_bytes)
@@ -354,12 +369,14 @@ class MemoryLink:
             raise ValueError(f"wildcards in a topic to publish to: {topic[:200]!r}")
         # Even an acknowledgement that is there at once is a step of the event loop.
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pending.append((topic, bytes(payload), retain, done))
+        expires_s = math.inf if expiry_s is None else self._broker.now_s + expiry_s
+        message = _Message(topic, bytes(payload), retain, expires_s)
+        self._pending.append(_Publish(message, done))
         self._flush()
         try:
             await done
         except asyncio.CancelledError:
-            self._pending = deque(each for each in self._pending if each[3] is not done)
+            self._pending = deque(each for each in self._pending if each.done is not done)
             raise
         await asyncio.sleep(0)
 
@@ -417,10 +434,11 @@ class MemoryLink:
 
     def _flush(self) -> None:
         while self._up and self._pending:
-            topic, payload, retain, done = self._pending.popleft()
-            if not done.done():
-                done.set_result(None)
-                self._broker.accept(topic, payload, retain)
+            publish = self._pending.popleft()
+            if not publish.done.done():
+                publish.done.set_result(None)
+                if self._broker.now_s < publish.message.expires_s:
+                    self._broker.accept(publish.message)
 
     def _emit(self, event: LinkEvent) -> None:
         self._events.append(event)

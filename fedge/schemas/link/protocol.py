@@ -7,6 +7,9 @@ calls. All of it runs on the owner's event loop: no thread, no callback into the
 - `publish` returns when the broker has acknowledged, however many reconnects that takes. That is
   not delivery: brokers drop acknowledged messages when queues overflow, and forget them when they
   are killed. Whoever needs delivery asks the peer.
+- A message that loses its meaning with time is published with `expiry_s`: past that, neither this
+  side sends it nor, with MQTT 5, does the broker deliver it. A device that comes back after a week
+  is not handed a week of grants.
 - A delivery is acknowledged to the broker when its owner calls `ack`, after what it caused is
   durable. Unacknowledged deliveries are limited (MQTT 5 Receive Maximum), so an owner that is slow
   slows the broker down instead of filling memory.
@@ -71,7 +74,10 @@ class Link(Protocol):
 
     @property
     def max_payload_bytes(self) -> int:
-        """The largest payload that the broker takes, as far as it has said."""
+        """The largest payload that the broker takes under a topic of Fedge, as far as is known.
+
+        It is known from the broker (MQTT 5), from the settings, or from what it did not take.
+        """
         ...
 
     async def start(self) -> None:
@@ -90,10 +96,14 @@ class Link(Protocol):
         """Tells the broker that it may forget this delivery. Harmless when repeated or too late."""
         ...
 
-    async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+    async def publish(
+        self, topic: str, payload: bytes, *, retain: bool = False, expiry_s: float | None = None
+    ) -> None:
         """Publishes with QoS 1 and returns when the broker acknowledged.
 
-        Raises `PayloadTooLarge`, `LinkRefused` (the broker's negative answer) or `LinkClosed`.
+        `expiry_s`: it is of no use to anybody after so long, and returns unsent if it could not be
+        sent by then. Raises `PayloadTooLarge`, `LinkRefused` (the broker's negative answer) or
+        `LinkClosed`.
         """
         ...
 

@@ -12,30 +12,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from fedge.schemas.link.paho.answers import AnswerWatch
+from fedge.schemas.link.paho.attempt import QOS, client_of, connect, dispose_of
 from fedge.schemas.link.paho.settings import LinkSettings, MqttProtocol
 
 log = logging.getLogger(__name__)
 
-QOS = 1
 UNSUPPORTED_PROTOCOL = 0x84
 SESSION_TAKEN_OVER = 0x8E
+PACKET_TOO_LARGE = 0x95
 _UNLIMITED_RECEIVE_MAXIMUM = 65535
 _KEEPALIVE_SLACK_S = 0.05
 _FAILURE = 0x80
 """Reason codes from here on are refusals (MQTT 5, section 2.4)."""
 
 
+_CLOSED = "the connection was closed by the broker or the network"
+"""Mosquitto 2.0 says no more than that when a session is taken over."""
 _QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
 
 
@@ -99,10 +104,15 @@ class Sink(Protocol):
 class Connection:
     """A connection that the broker accepted, until `lost` resolves."""
 
-    def __init__(self, client: Client, sink: Sink) -> None:
+    def __init__(
+        self, client: Client, sink: Sink, settings: LinkSettings, protocol: MqttProtocol
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._client = client
         self._sink = sink
+        self._is_v5 = protocol is MqttProtocol.V5
+        self._largest_delivery_bytes = settings.largest_delivery_bytes
+        self._keepalive_s = settings.keepalive_s
         # Without websockets it is a plain socket.
         self._socket = cast(socket.socket, client.socket())
         self._fileno = self._socket.fileno()
@@ -113,26 +123,29 @@ class Connection:
         self._writer_added = False
         self._write_soon: asyncio.Handle | None = None
         self._ended = False
+        self._driving = False
+        self._lost_while_driving = False
         self._last_read_s = self._last_write_s = self._loop.time()
         self._keepalive_timer: asyncio.TimerHandle | None = None
+        self._watch = AnswerWatch(self._loop, settings.answer_limit_s, self._on_late_answer)
 
     @classmethod
     async def open(cls, settings: LinkSettings, protocol: MqttProtocol, sink: Sink) -> Connection:
         """A connection on which CONNECT was sent. Raises `ConnectionFailed`."""
-        client = _client_of(settings, protocol)
+        client = client_of(settings, protocol)
         loop = asyncio.get_running_loop()
-        attempt = loop.run_in_executor(None, _connect, client, settings, protocol)
+        attempt = loop.run_in_executor(None, connect, client, settings, protocol)
         try:
             await asyncio.shield(attempt)
         except OSError as error:
             raise ConnectionFailed(f"{settings.host}:{settings.port}: {error}") from error
         except asyncio.CancelledError:
             # The thread cannot be stopped; its socket is closed as soon as it has one.
-            attempt.add_done_callback(lambda done: _dispose_of(client, done))
+            attempt.add_done_callback(lambda done: dispose_of(client, done))
             raise
         if client.socket() is None:
             raise ConnectionFailed("the connection was lost while CONNECT was sent", silent=True)
-        connection = cls(client, sink)
+        connection = cls(client, sink, settings, protocol)
         connection._attach()
         return connection
 
@@ -156,13 +169,26 @@ class Connection:
         """Whether a SUBSCRIBE or UNSUBSCRIBE is unanswered."""
         return bool(self._answers)
 
-    def publish(self, topic: str, payload: bytes, retain: bool) -> int | None:
-        """Hands a publish over and returns its packet identifier; None if the socket is gone."""
+    def publish(
+        self, topic: str, payload: bytes, retain: bool, expiry_s: float = math.inf
+    ) -> int | None:
+        """Hands a publish over and returns its packet identifier; None if the socket is gone.
+
+        `expiry_s`: how long the broker may keep it (MQTT 5; before, for ever).
+        """
+        properties = None
+        if self._is_v5 and math.isfinite(expiry_s):
+            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call] # paho's
+            properties.MessageExpiryInterval = min(max(1, math.ceil(expiry_s)), 2**32 - 1)
         while True:
-            info = self._client.publish(topic, payload, QOS, retain)
+            info = self._client.publish(topic, payload, QOS, retain, properties)
             # After 65,535 packets identifiers repeat; one that is still in use is skipped.
-            if info.rc != MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
-                return info.mid if info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS else None
+            if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
+                continue
+            if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                return None
+            self._watch.asked()
+            return info.mid
 
     def subscribe(self, filters: list[str]) -> asyncio.Future[list[Answer]]:
         """Sends one SUBSCRIBE; the future holds one answer a filter, none if we lose first."""
@@ -222,6 +248,14 @@ class Connection:
         self._drive(self._client.loop_read)
         if not self._ended:
             _acknowledge_at_once(self._socket)
+            self._refuse_what_is_too_large()
+
+    def _refuse_what_is_too_large(self) -> None:
+        # paho would collect any packet to its end. With MQTT 5 the broker was told better.
+        coming_bytes = self._client._in_packet["remaining_length"]
+        if self._is_v5 and coming_bytes > self._largest_delivery_bytes:
+            limit = f"it was told to send at most {self._largest_delivery_bytes}"
+            self._end(Lost(f"the broker sends a packet of {coming_bytes} bytes; {limit}"))
 
     def _write(self) -> None:
         self._write_soon = None
@@ -233,11 +267,18 @@ class Connection:
     def _drive(self, step: Callable[[], MQTTErrorCode]) -> None:
         if self._ended:
             return
+        self._driving = True
         try:
-            step()
+            result = step()
         except Exception as error:  # whatever a packet made paho or a callback do
             log.exception("link_callback_failed")
             self._end(Lost(f"a packet could not be handled: {error!r}"))
+            return
+        finally:
+            self._driving = False
+        if self._lost_while_driving:
+            not_mqtt = result == MQTTErrorCode.MQTT_ERR_PROTOCOL
+            self._end(Lost("the broker sent what is not MQTT" if not_mqtt else _CLOSED))
 
     def _add_writer(self) -> None:
         if not self._writer_added:
@@ -257,18 +298,27 @@ class Connection:
     def _on_socket_close(self, _client: Client, _userdata: object, _sock: Any) -> None:
         self._forget_socket()
 
+    @property
+    def _keepalive_now_s(self) -> int:
+        # A broker that wants none (0) does not get to disarm the timer: only then paho pings not.
+        return self._client.keepalive or self._keepalive_s
+
     def _set_keepalive_timer(self) -> None:
         idle_since_s = min(self._last_read_s, self._last_write_s)
-        due_s = idle_since_s + self._client.keepalive + _KEEPALIVE_SLACK_S
+        due_s = idle_since_s + self._keepalive_now_s + _KEEPALIVE_SLACK_S
         self._keepalive_timer = self._loop.call_at(due_s, self._on_keepalive_due)
 
     def _on_keepalive_due(self) -> None:
         now = self._loop.time()
-        if min(self._last_read_s, self._last_write_s) + self._client.keepalive <= now:
+        if min(self._last_read_s, self._last_write_s) + self._keepalive_now_s <= now:
             self._drive(self._client.loop_misc)
             self._last_read_s = self._last_write_s = now
         if not self._ended:
             self._set_keepalive_timer()
+
+    def _on_late_answer(self) -> None:
+        reason = "the broker answers no publish and no subscription any more"
+        self._end(Lost(reason, closed_by_peer=False))
 
     # ------------------------------------------------------------------ paho's callbacks
 
@@ -285,6 +335,9 @@ class Connection:
             return
         # paho sets an attribute for each property that was in the packet, and no others.
         said = vars(properties) if properties is not None else {}
+        if self._connack.done():
+            self._end(Lost("the broker broke the protocol: CONNACK for a second time"))
+            return
         self._connack.set_result(
             Accepted(
                 session_present=bool(flags.session_present),
@@ -305,12 +358,17 @@ class Connection:
             self._end(Lost(f"the broker disconnected us: {code}", code.value))
         elif code.getName() == "Keep alive timeout":
             self._end(Lost("the broker was silent past the keep-alive", closed_by_peer=False))
+        elif self._driving:
+            # paho tells no more here, but what it returns from the step does.
+            self._lost_while_driving = True
         else:
-            # paho tells no more than that; mosquitto 2.0 closes so when a session is taken over.
-            self._end(Lost("the connection was closed by the broker or the network"))
+            self._end(Lost(_CLOSED))
 
     def _on_message(self, _client: Client, _userdata: object, message: MQTTMessage) -> None:
         packet_id = message.mid if message.qos == QOS else 0
+        if message.qos > QOS:
+            # Nobody subscribes with it. The broker would wait for the end of the exchange for ever.
+            self._client.ack(message.mid, message.qos)
         try:
             topic = message.topic
         except UnicodeDecodeError:
@@ -331,6 +389,7 @@ class Connection:
         code: ReasonCode,
         _properties: Properties | None,
     ) -> None:
+        self._watch.answered()
         self._sink.on_published(packet_id, _answer_of(code))
 
     def _on_subscribe(
@@ -352,13 +411,16 @@ class Connection:
         if packet_id is None or self._ended:
             answer.set_result([])
         else:
+            self._watch.asked()
             self._answers[packet_id] = answer
         return answer
 
     def _resolve(self, packet_id: int, answers: list[Answer]) -> None:
         waiting = self._answers.pop(packet_id, None)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(answers)
+        if waiting is not None:
+            self._watch.answered()
+            if not waiting.done():
+                waiting.set_result(answers)
 
     def _end(self, lost: Lost) -> None:
         if self._ended:
@@ -369,6 +431,7 @@ class Connection:
             self._resolve(packet_id, [])
         if self._keepalive_timer is not None:
             self._keepalive_timer.cancel()
+        self._watch.stop()
         if self._write_soon is not None:
             self._write_soon.cancel()
         self._socket.close()
@@ -385,46 +448,6 @@ def _answer_of(code: ReasonCode) -> Answer:
     return Answer(code.value, code.getName())
 
 
-def _client_of(settings: LinkSettings, protocol: MqttProtocol) -> Client:
-    is_v5 = protocol is MqttProtocol.V5
-    client = Client(
-        CallbackAPIVersion.VERSION2,
-        client_id=settings.client_id,
-        clean_session=None if is_v5 else False,
-        protocol=MQTTProtocolVersion.MQTTv5 if is_v5 else MQTTProtocolVersion.MQTTv311,
-        # Otherwise paho answers a refused 3.1.1 with a blocking attempt at 3.1, in the callback.
-        reconnect_on_failure=False,
-        manual_ack=True,
-    )
-    client.connect_timeout = settings.connect_timeout_s
-    if settings.username is not None:
-        client.username_pw_set(settings.username, settings.password)
-    if settings.will is not None:
-        client.will_set(settings.will.topic, settings.will.payload, QOS, retain=True)
-    return client
-
-
-def _connect(client: Client, settings: LinkSettings, protocol: MqttProtocol) -> None:
-    """Blocks: DNS, TCP, CONNECT. No callback is set yet, so none can run in this thread."""
-    if protocol is MqttProtocol.V5:
-        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call] # paho's
-        properties.SessionExpiryInterval = settings.session_expiry_s
-        properties.ReceiveMaximum = settings.receive_maximum
-        client.connect(
-            settings.host,
-            settings.port,
-            settings.keepalive_s,
-            clean_start=False,
-            properties=properties,
-        )
-    else:
-        client.connect(settings.host, settings.port, settings.keepalive_s)
-    connected = cast(socket.socket | None, client.socket())
-    if connected is not None:
-        # Small packets (PUBACK, control messages) must not wait for the peer's delayed ACK.
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
 def _acknowledge_at_once(connected: socket.socket) -> None:
     """Has the kernel acknowledge what was read now, not within 40 ms (Linux; else nothing).
 
@@ -435,9 +458,3 @@ def _acknowledge_at_once(connected: socket.socket) -> None:
     if _QUICKACK is not None:
         with contextlib.suppress(OSError):
             connected.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
-
-
-def _dispose_of(client: Client, attempt: asyncio.Future[None]) -> None:
-    opened = client.socket()
-    if not attempt.cancelled() and attempt.exception() is None and opened is not None:
-        opened.close()

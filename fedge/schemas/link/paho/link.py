@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections import deque
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from collections.abc import Iterable
 from fedge.schemas.errors import LinkClosed, LinkRefused, PayloadTooLarge
 from fedge.schemas.link.filters import FilterSet, is_valid_filter
 from fedge.schemas.link.paho.connection import (
+    PACKET_TOO_LARGE,
     SESSION_TAKEN_OVER,
     UNSUPPORTED_PROTOCOL,
     Accepted,
@@ -29,6 +31,7 @@ from fedge.schemas.link.paho.connection import (
     ConnectionFailed,
     Lost,
 )
+from fedge.schemas.link.paho.limits import PacketLimit
 from fedge.schemas.link.paho.outbox import Outbox, Outgoing
 from fedge.schemas.link.paho.settings import Backoff, LinkSettings, MqttProtocol
 from fedge.schemas.link.protocol import MAX_IN_FLIGHT, Delivery, LinkDown, LinkEvent, LinkUp
@@ -38,10 +41,6 @@ log = logging.getLogger(__name__)
 GOODBYE_LIMIT_S = 2.0
 RIVAL_LOSSES = 3
 """So many short connections in a row look like two clients that take one session in turns."""
-TOPIC_ALLOWANCE_BYTES = 256
-"""Topics of Fedge are shorter than this."""
-_PACKET_OVERHEAD_BYTES = 1 + 4 + 2 + 2 + 1
-"""Of a PUBLISH: type, remaining length, topic length, packet identifier, no properties."""
 _PACKET_IDS = 65536
 
 
@@ -53,7 +52,7 @@ class PahoLink:
         self._protocol = settings.protocol
         self._next_trial = MqttProtocol.V5
         self._backoff = Backoff(settings.backoff_base_s, settings.backoff_cap_s, rng)
-        self._max_packet_bytes = settings.max_packet_bytes
+        self._limit = PacketLimit(settings.max_packet_bytes)
         self._outbox = Outbox(MAX_IN_FLIGHT)
         self._filters = FilterSet()
         self._granted: set[str] = set()
@@ -82,8 +81,8 @@ class PahoLink:
 
     @property
     def max_payload_bytes(self) -> int:
-        """The largest payload that the broker takes, as far as it has said."""
-        return max(self._max_packet_bytes - _PACKET_OVERHEAD_BYTES - TOPIC_ALLOWANCE_BYTES, 0)
+        """The largest payload that the broker takes under a topic of Fedge, as far as is known."""
+        return self._limit.payload_bytes
 
     # ------------------------------------------------------------------ Link
 
@@ -141,16 +140,21 @@ class PahoLink:
         if is_current and packet_id in self._unacknowledged:
             self._acknowledge(packet_id)
 
-    async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+    async def publish(
+        self, topic: str, payload: bytes, *, retain: bool = False, expiry_s: float | None = None
+    ) -> None:
         """Publishes with QoS 1 and returns when the broker acknowledged, across reconnects.
 
-        Cancelling it withdraws a publish that still waits; one on its way may still arrive.
-        Raises `PayloadTooLarge`, `LinkRefused` or `LinkClosed`.
+        `expiry_s`: neither we nor the broker (MQTT 5) send it later than that. Cancelling withdraws
+        a publish that still waits; one on its way may still arrive. Raises `PayloadTooLarge`,
+        `LinkRefused` or `LinkClosed`.
         """
         self._raise_if_closed()
-        self._check_size(topic, payload)
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        outgoing = Outgoing(topic, payload, retain, done)
+        self._limit.check(topic, payload)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        expires_s = math.inf if expiry_s is None else loop.time() + expiry_s
+        outgoing = Outgoing(topic, payload, retain, done, expires_s)
         self._outbox.add(outgoing)
         self._send_waiting()
         self._regulate()
@@ -296,7 +300,7 @@ class PahoLink:
         self, connection: Connection, protocol: MqttProtocol, accepted: Accepted
     ) -> None:
         self._protocol = protocol
-        self._max_packet_bytes = min(self.settings.max_packet_bytes, accepted.max_packet_bytes)
+        self._limit.told(accepted.max_packet_bytes)
         if not accepted.session_present:
             self._granted.clear()
             self._revoked.clear()
@@ -343,33 +347,46 @@ class PahoLink:
             self._connection.abandon()
             self._connection = None
         self._unacknowledged.clear()
+        was_idle = not self._outbox.waits_for_answers
         given_up = self._outbox.lost(closed_by_peer=lost.closed_by_peer)
         if given_up is not None:
-            why = "it closes the connection whenever this is sent"
-            given_up.done.set_exception(LinkRefused(f"a publish to {given_up.topic}", None, why))
+            self._note_refused(given_up, lost)
+        else:
+            now_s = asyncio.get_running_loop().time()
+            self._limit.ended(while_idle=was_idle, now_s=now_s)
+
+    def _note_refused(self, given_up: Outgoing, lost: Lost) -> None:
+        now_s = asyncio.get_running_loop().time()
+        size_bytes = self._limit.refused(given_up.topic, given_up.payload, now_s)
+        why = "it closes the connection whenever this is sent"
+        log.error(
+            "broker_limit client_id=%s packet_bytes=%d reason=%r",
+            self.settings.client_id,
+            size_bytes,
+            why,
+        )
+        code = lost.code if lost.code == PACKET_TOO_LARGE else None
+        given_up.done.set_exception(LinkRefused(f"a publish to {given_up.topic}", code, why))
 
     # ------------------------------------------------------------------ sending
 
     def _send_waiting(self) -> None:
+        now_s = asyncio.get_running_loop().time()
         while self._up and self._connection is not None:
-            outgoing = self._outbox.next_to_send()
+            outgoing = self._outbox.next_to_send(now_s)
             if outgoing is None:
                 return
             try:
-                self._check_size(outgoing.topic, outgoing.payload)
+                self._limit.check(outgoing.topic, outgoing.payload)
             except PayloadTooLarge as error:
                 outgoing.done.set_exception(error)
                 continue
-            packet_id = self._connection.publish(outgoing.topic, outgoing.payload, outgoing.retain)
+            packet_id = self._connection.publish(
+                outgoing.topic, outgoing.payload, outgoing.retain, outgoing.expires_s - now_s
+            )
             if packet_id is None:
                 return
             self._outbox.sent(packet_id)
-
-    def _check_size(self, topic: str, payload: bytes) -> None:
-        overhead_bytes = _PACKET_OVERHEAD_BYTES + len(topic.encode())
-        if len(payload) + overhead_bytes > self._max_packet_bytes:
-            limit_bytes = max(self._max_packet_bytes - overhead_bytes, 0)
-            raise PayloadTooLarge(topic, len(payload), limit_bytes)
 
     async def _send_subscribe(
         self, connection: Connection, filters: Iterable[str]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -22,12 +23,16 @@ LONE_LOSSES = 3
 
 @dataclass(slots=True, eq=False)
 class Outgoing:
-    """One publish. `done` resolves when the broker acknowledged it, or fails for good."""
+    """One publish. `done` resolves when the broker acknowledged it, or fails for good.
+
+    `expires_s`: on the caller's clock; past it the publish is of no use and is not sent.
+    """
 
     topic: str
     payload: bytes
     retain: bool
     done: asyncio.Future[None] = field(repr=False)
+    expires_s: float = math.inf
     lone_losses: int = 0
 
 
@@ -52,8 +57,20 @@ class Outbox:
         """Queues a publish behind all others."""
         self._waiting.append(outgoing)
 
-    def next_to_send(self) -> Outgoing | None:
-        """The publish to hand over now, if any may be; it counts only once it is `sent`."""
+    @property
+    def waits_for_answers(self) -> bool:
+        """Whether a publish is on its way."""
+        return bool(self._in_flight)
+
+    def next_to_send(self, now_s: float = -math.inf) -> Outgoing | None:
+        """The publish to hand over now, if any may be; it counts only once it is `sent`.
+
+        Those that expired are over: nobody wants them sent.
+        """
+        while self._waiting and now_s >= self._waiting[0].expires_s:
+            expired = self._waiting.popleft()
+            if not expired.done.done():
+                expired.done.set_result(None)
         limit = 1 if self._barren_losses >= BARREN_LOSSES else self._limit
         if len(self._in_flight) >= limit:
             return None

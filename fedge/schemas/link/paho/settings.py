@@ -28,9 +28,12 @@ class LinkSettings:
     `client_id` names the session: one link at a time may use it. `session_expiry_s`: how long the
     broker keeps the session without us (MQTT 5; under 3.1.1 the broker decides).
     `receive_maximum`: deliveries that may wait for `Link.ack`. `max_packet_bytes`: the broker's
-    limit where it does not say it itself (3.1.1). `filters_per_subscribe`: AWS IoT takes 8.
-    `auto_answer_s`: under `AUTO`, how long a broker may be silent on our first MQTT 5 before 3.1.1
-    is tried (amqtt waits for bytes that it misread, and never answers).
+    limit where it does not say it itself (3.1.1). `largest_delivery_bytes`: no larger packet is
+    taken (MQTT 5: the broker is told, and drops what is larger). `answer_limit_s`: a broker that
+    answers pings but no publish or subscription for so long is left.
+    `filters_per_subscribe`: AWS IoT takes 8. `auto_answer_s`: under `AUTO`, how long a broker may
+    be silent on our first MQTT 5 before 3.1.1 is tried (amqtt waits for bytes that it misread, and
+    never answers).
     `backoff_base_s`, `backoff_cap_s`: see `Backoff`.
 
     Raises `ConfigError` for values that cannot work.
@@ -47,6 +50,8 @@ class LinkSettings:
     session_expiry_s: int = 7 * 86400
     receive_maximum: int = 32
     max_packet_bytes: int = MQTT_MAX_PACKET_BYTES
+    largest_delivery_bytes: int = 2 * 1024 * 1024
+    answer_limit_s: float = 120.0
     filters_per_subscribe: int = 8
     connect_timeout_s: float = 10.0
     auto_answer_s: float = 2.0
@@ -60,6 +65,12 @@ class LinkSettings:
         self._require("keepalive_s", 1 <= self.keepalive_s <= 65535, "1 to 65535 seconds")
         self._require("session_expiry_s", 0 <= self.session_expiry_s < 2**32, "below 2**32 seconds")
         self._require("receive_maximum", 1 <= self.receive_maximum <= 65535, "1 to 65535")
+        self._require(
+            "largest_delivery_bytes",
+            1024 <= self.largest_delivery_bytes <= MQTT_MAX_PACKET_BYTES,
+            f"1024 to {MQTT_MAX_PACKET_BYTES}",
+        )
+        self._require("answer_limit_s", self.answer_limit_s > 0, "more than 0 seconds")
         self._require("filters_per_subscribe", self.filters_per_subscribe >= 1, "1 or more")
         self._require("connect_timeout_s", self.connect_timeout_s > 0, "more than 0 seconds")
         self._require("auto_answer_s", self.auto_answer_s > 0, "more than 0 seconds")

@@ -1,0 +1,56 @@
+"""Admission: how many devices the coordinator knows at all, and how often each may speak.
+
+Whoever can publish could otherwise fill the disk with names and the loop with messages. A device
+within its rate notices nothing; above it, its messages are dropped and counted, and an honest
+device says again later what had no answer. Pure; the clock is passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fedge.schemas.errors import PeerError, RejectReason
+
+MESSAGES_PER_S = 20.0
+"""Control messages a device may send on average. An honest one sends a few in a round."""
+BURST = 200
+"""…and at once, as after a reconnect."""
+FORGET_ABOVE = 10_000
+"""So many rates are remembered before those of quiet devices are forgotten."""
+
+
+class Admission:
+    """The devices that may speak. `known`: those of earlier lives; `limit`: names at most."""
+
+    def __init__(self, known: Iterable[str], *, limit: int) -> None:
+        self._known = set(known)
+        self._limit = limit
+        self._spent: dict[str, tuple[float, float]] = {}
+
+    def admit(self, device: str, now: float) -> None:
+        """Returns if the device may speak now.
+
+        Raises `PeerError` (limit_exceeded): too many devices, or too many messages of this one.
+        """
+        if device not in self._known:
+            if len(self._known) >= self._limit:
+                raise PeerError(
+                    RejectReason.LIMIT_EXCEEDED,
+                    f"{len(self._known)} devices are known: raise round.max_devices",
+                )
+            self._known.add(device)
+        spent, since = self._spent.get(device, (0.0, now))
+        spent = max(0.0, spent - (now - since) * MESSAGES_PER_S) + 1
+        if spent > BURST:
+            raise PeerError(RejectReason.LIMIT_EXCEEDED, f"more than {MESSAGES_PER_S:g} messages/s")
+        self._spent[device] = (spent, now)
+        if len(self._spent) > FORGET_ABOVE:
+            self._forget_quiet(now)
+
+    def _forget_quiet(self, now: float) -> None:
+        busy = BURST / MESSAGES_PER_S
+        self._spent = {d: (s, t) for d, (s, t) in self._spent.items() if now - t < busy}
+
+    def is_known(self, device: str) -> bool:
+        """Whether a record may be kept under this name."""
+        return device in self._known

@@ -1,0 +1,266 @@
+"""What is deleted: what the operator wants kept no longer, and files that a crash left.
+
+A row says that its files are gone before the first of them is deleted, so nobody is promised what
+may be missing. A file that no row names may belong to a version that is about to be recorded: it is
+only deleted when it is old. While a backup is being made, no file is deleted at all.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    Text,
+    delete,
+    false,
+    insert,
+    select,
+    true,
+    type_coerce,
+    update,
+)
+
+from fedge.coordinator.store.blobs import Blobs
+from fedge.coordinator.store.database import Database
+from fedge.coordinator.store.queries import UNANSWERED
+from fedge.coordinator.store.records import Collected, Retention
+from fedge.coordinator.store.rows import AnyRow
+from fedge.coordinator.store.tables import (
+    devices,
+    facts,
+    participants,
+    plans,
+    refusals,
+    rounds,
+    versions,
+)
+from fedge.schemas.errors import FedgeError
+from fedge.schemas.ids import Digest
+from fedge.schemas.plan import PlanManifest
+
+if TYPE_CHECKING:
+    from fedge.coordinator.store.remote_blobs import RemoteBlobs
+
+LEFTOVER_AGE_S = 3600.0
+"""A file that no row names is left alone for so long, and looked for as seldom."""
+ROUNDS_A_TRANSACTION = 200
+"""Writers wait for one another, so details are deleted in portions."""
+DAY_S = 86400.0
+
+
+class Housekeeping:
+    """The part of the store that deletes."""
+
+    _database: Database
+    blobs: Blobs
+    _swept_at: float | None = None
+
+    def collect(self, retention: Retention, *, now: float) -> Collected:
+        """Deletes what `retention` wants kept no longer, and leftovers of a crash.
+
+        `now`: seconds since the epoch. Not for two threads at a time.
+        """
+        forgotten = self._forget_rounds(retention)
+        devices_gone = self._forget_devices(retention, now)
+        with self._database.collecting() as free:
+            if not free:
+                return Collected(rounds=forgotten, devices=devices_gone, postponed=True)
+            numbers, doomed = self._give_up_files(retention)
+            sizes = [self.blobs.discard(digest) for digest in doomed]
+            if self._sweep_is_due(now):
+                self._swept_at = now
+                keep_after = now - LEFTOVER_AGE_S
+                sizes += [
+                    self.blobs.discard(digest, keep_after=keep_after) for digest in self._unnamed()
+                ]
+        return Collected(
+            versions=len(numbers),
+            rounds=forgotten,
+            devices=devices_gone,
+            blobs=sum(size > 0 for size in sizes),
+            bytes_freed=sum(sizes),
+        )
+
+    def collectable(self, retention: Retention, *, now: float) -> Collected:
+        """What `collect` would delete; nothing is changed."""
+        with self._database.read() as connection:
+            numbers, doomed = _overdue_versions(connection, retention)
+            overdue_rounds = _overdue_rounds(connection, retention, None)
+            unseen = connection.execute(select(devices.c.name).where(_unseen(retention, now))).all()
+        found = [self.blobs.describe(digest) for digest in sorted(doomed)]
+        old = (self.blobs.describe(digest) for digest in self._unnamed() if digest not in doomed)
+        found += [each for each in old if each[1] <= now - LEFTOVER_AGE_S]
+        return Collected(
+            versions=len(numbers),
+            rounds=len(overdue_rounds),
+            devices=len(unseen),
+            blobs=sum(size > 0 for size, _ in found),
+            bytes_freed=sum(size for size, _ in found),
+        )
+
+    def named_blobs(self) -> dict[Digest, str]:
+        """Every blob that must be there, and what it is, for people.
+
+        Raises `FedgeError` if a plan cannot be read, and with it what it names.
+        """
+        with self._database.read() as connection:
+            rows = connection.execute(_files_of_versions().where(versions.c.files_kept == true()))
+            named = {
+                digest: f"{part} of version {row.number}"
+                for row in rows
+                for part, digest in _digests(row)
+            }
+            known_plans = connection.scalars(select(plans.c.sha256)).all()
+        for plan in known_plans:
+            named |= plan_digests(PlanManifest.decode(self.blobs.read(plan)), plan)
+        return named
+
+    def own(self, place: RemoteBlobs) -> None:
+        """Marks a place of blobs as this state's, which deletes there what it does not name.
+
+        Raises `ConfigError` if the place is another state's.
+        """
+        with self._database.read() as connection:
+            owner = connection.scalar(select(facts.c.value).where(facts.c.name == "blobs_owner"))
+        if owner is None:
+            owner = secrets.token_hex(16)
+            with self._database.write() as connection:
+                connection.execute(insert(facts).values(name="blobs_owner", value=owner))
+        place.belong_to(owner, self.named_blobs)
+
+    def _unnamed(self) -> Iterator[Digest]:
+        present = list(self.blobs.digests())
+        try:
+            named = self.named_blobs()
+        except FedgeError:
+            # Without its plan nobody can tell what belongs to it; `fedge db check` says what to do.
+            return iter(())
+        return (digest for digest in present if digest not in named)
+
+    def _sweep_is_due(self, now: float) -> bool:
+        # Also when the clock was set back.
+        return self._swept_at is None or not 0 <= now - self._swept_at < LEFTOVER_AGE_S
+
+    def _give_up_files(self, retention: Retention) -> tuple[list[int], set[Digest]]:
+        with self._database.read() as connection:
+            if not _overdue_versions(connection, retention)[0]:
+                return [], set()
+        with self._database.write() as connection:
+            numbers, doomed = _overdue_versions(connection, retention)
+            connection.execute(
+                update(versions)
+                .where(versions.c.number <= numbers[-1], versions.c.files_kept == true())
+                .values(files_kept=False)
+            )
+        return numbers, doomed
+
+    def _forget_rounds(self, retention: Retention) -> int:
+        forgotten = 0
+        while True:
+            with self._database.read() as connection:
+                numbers = _overdue_rounds(connection, retention, ROUNDS_A_TRANSACTION)
+            if not numbers:
+                return forgotten
+            with self._database.write() as connection:
+                connection.execute(delete(participants).where(participants.c.round.in_(numbers)))
+                connection.execute(delete(refusals).where(refusals.c.round.in_(numbers)))
+                connection.execute(
+                    update(rounds).where(rounds.c.number.in_(numbers)).values(details_kept=False)
+                )
+            forgotten += len(numbers)
+
+    def _forget_devices(self, retention: Retention, now: float) -> int:
+        if retention.devices_unseen_days is None:
+            return 0
+        with self._database.write() as connection:
+            return connection.execute(delete(devices).where(_unseen(retention, now))).rowcount
+
+
+def plan_digests(manifest: PlanManifest, plan: Digest) -> dict[Digest, str]:
+    """Every blob of a plan, and what it is, for people. `plan`: the manifest's own digest."""
+    graphs = manifest.graphs
+    return {
+        plan: "plan",
+        graphs.train.sha256: "train graph",
+        graphs.eval.sha256: "eval graph",
+        graphs.infer.sha256: "infer graph",
+        manifest.golden.sha256: "golden inputs",
+    }
+
+
+def _overdue_versions(
+    connection: Connection, retention: Retention
+) -> tuple[list[int], set[Digest]]:
+    """The versions whose files are wanted no longer, and the files that no other version shares."""
+    if retention.versions is None:
+        return [], set()
+    newest = select(versions.c.number).order_by(versions.c.number.desc())
+    oldest_kept = connection.scalar(newest.offset(retention.versions - 1).limit(1))
+    if oldest_kept is None:
+        return [], set()
+    kept = _files_of_versions().where(versions.c.files_kept == true())
+    old = connection.execute(
+        kept.where(versions.c.number < oldest_kept).order_by(versions.c.number)
+    ).all()
+    shared = connection.execute(kept.where(versions.c.number >= oldest_kept)).all()
+    return [row.number for row in old], _all_digests(old) - _all_digests(shared)
+
+
+def _overdue_rounds(connection: Connection, retention: Retention, limit: int | None) -> list[int]:
+    """The closed rounds whose details are wanted no longer by the operator or by any open round."""
+    if retention.rounds is None:
+        return []
+    closed = select(rounds.c.number).where(rounds.c.outcome.is_not(None))
+    oldest_kept = connection.scalar(
+        closed.order_by(rounds.c.number.desc()).offset(retention.rounds - 1).limit(1)
+    )
+    if oldest_kept is None:
+        return []
+    awaited = select(participants.c.round).where(participants.c.status.in_(UNANSWERED))
+    still_open = select(rounds.c.number).where(rounds.c.outcome.is_(None))
+    counts = select(participants.c.round).where(participants.c.counted_in.in_(still_open))
+    overdue = (
+        closed.where(
+            rounds.c.number < oldest_kept,
+            rounds.c.details_kept == true(),
+            rounds.c.number.not_in(awaited),
+            rounds.c.number.not_in(counts),
+        )
+        .order_by(rounds.c.number)
+        .limit(limit)
+    )
+    return list(connection.scalars(overdue))
+
+
+def _unseen(retention: Retention, now: float) -> ColumnElement[bool]:
+    days = retention.devices_unseen_days
+    if days is None:
+        return false()
+    return (devices.c.online == false()) & (devices.c.last_seen_at < now - days * DAY_S)
+
+
+def _files_of_versions() -> Select[*tuple[Any, ...]]:
+    # The digest is read out of the text: a table of many versions is not parsed field by field.
+    return select(
+        versions.c.number,
+        type_coerce(versions.c.weights, Text).label("weights"),
+        type_coerce(versions.c.golden, Text).label("golden"),
+        versions.c.server_state,
+    )
+
+
+def _digests(row: AnyRow) -> Iterator[tuple[str, Digest]]:
+    yield "weights", json.loads(row.weights)["sha256"]
+    yield "golden outputs", json.loads(row.golden)["sha256"]
+    if row.server_state is not None:
+        yield "server optimizer's state", row.server_state
+
+
+def _all_digests(rows: Iterable[AnyRow]) -> set[Digest]:
+    return {digest for row in rows for _, digest in _digests(row)}

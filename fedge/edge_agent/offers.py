@@ -1,0 +1,89 @@
+"""Offering what lies in the outbox, again and again, until there is a receipt.
+
+Brokers drop what they have acknowledged, so an offer is repeated while there is no answer. An
+update whose file is gone or damaged would be offered for ever and never arrive: now and then the
+file is read before it is offered again, and what is lost is given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+
+from fedge.edge_agent.events import Event, UpdateLost
+from fedge.edge_agent.outbox import Outbox
+from fedge.edge_agent.storage_watch import StorageWatch
+from fedge.schemas.errors import StoreUnavailable
+from fedge.schemas.ids import new_message_id
+from fedge.schemas.logs import EventLog
+from fedge.schemas.messages import Offer
+
+log = EventLog(__name__)
+
+OFFER_AGAIN_S = 30.0
+"""An offer that has no receipt after so long is said again."""
+
+
+class Offers:
+    """The offers of `device`. `send`: returns when the broker has it. `rng`: jitter.
+
+    `connected`: whether there is somebody to offer to. `feed`: takes `UpdateLost`.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        outbox: Outbox,
+        *,
+        storage: StorageWatch,
+        rng: random.Random,
+        connected: Callable[[], bool],
+        send: Callable[[Offer], Awaitable[None]],
+        feed: Callable[[Event], None],
+    ) -> None:
+        self._device = device
+        self._outbox = outbox
+        self._storage = storage
+        self._rng = rng
+        self._connected = connected
+        self._send = send
+        self._feed = feed
+        # What was kept by an earlier life is read before its first offer in this one.
+        self._times = dict.fromkeys(outbox.rounds, 1)
+
+    async def run(self) -> None:
+        """Repeats the offers that have no receipt, until cancelled."""
+        while True:
+            await asyncio.sleep(OFFER_AGAIN_S * self._rng.uniform(0.75, 1.25))
+            if self._connected():
+                for number in sorted(self._outbox.rounds):
+                    await self.offer(number)
+
+    async def offer(self, number: int) -> None:
+        """Offers the update of a round, if it is still what it was."""
+        if number not in self._outbox.rounds:
+            self._times.pop(number, None)
+            return
+        times = self._times[number] = self._times.get(number, 0) + 1
+        # At the 2nd, 4th, 8th, … time: reading megabytes for each offer would cost a Pi its card.
+        is_due = times > 1 and times & (times - 1) == 0
+        if (is_due or self._outbox.is_cut_short(number)) and await self._is_lost(number):
+            return
+        offer = self._outbox.offer(number)
+        if offer is not None:
+            await self._send(offer.model_copy(update={"id": new_message_id()}))
+
+    async def _is_lost(self, number: int) -> bool:
+        try:
+            damage = await asyncio.to_thread(self._outbox.damage, number)
+        except StoreUnavailable:
+            # It may be whole: the disk cannot say so now.
+            return False
+        if damage is None or number not in self._outbox.rounds:
+            return False
+        log.error("update_lost", device=self._device, round=number, reason=damage)
+        if self._storage.attempt("outbox", lambda: self._outbox.lose(number, damage)):
+            self._times.pop(number, None)
+            self._feed(UpdateLost(number, f"the update was lost on the device: {damage}"))
+        return True

@@ -1,0 +1,199 @@
+"""The versions of one device: fetched when they are announced, checked, put into use.
+
+What the machine asked for is done here, with the disk that there is: a fetch waits for a disk that
+is full, and goes on from the chunks that it has. A version that cannot be had is reported to the
+coordinator. Which version is wanted, and when, is not decided here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from fedge.edge_agent.cache import CacheTooSmall
+from fedge.edge_agent.download import Downloads
+from fedge.edge_agent.events import Activated, Event, Fetched, FetchFailed, Outlook
+from fedge.edge_agent.library import Active, Library
+from fedge.edge_agent.state import AgentState
+from fedge.edge_agent.storage_watch import StorageWatch
+from fedge.edge_agent.trainer.process import Trainer
+from fedge.schemas.blobs import BlobRef
+from fedge.schemas.errors import FedgeError, StoreError, StoreUnavailable
+from fedge.schemas.logs import EventLog
+from fedge.schemas.messages import Report, ReportKind, VersionAnnouncement
+from fedge.schemas.plan import PlanManifest
+
+log = EventLog(__name__)
+
+
+class Versions:
+    """The versions of `device`. `held`: the newest one whose blobs are all here.
+
+    `feed`: takes what happened. `report`: tells the coordinator, returns when the broker has it.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        *,
+        library: Library,
+        downloads: Downloads,
+        memory: AgentState,
+        trainer: Trainer,
+        storage: StorageWatch,
+        feed: Callable[[Event], None],
+        report: Callable[[Report], Awaitable[None]],
+    ) -> None:
+        self._device = device
+        self._library = library
+        self._downloads = downloads
+        self._memory = memory
+        self._trainer = trainer
+        self._storage = storage
+        self._feed = feed
+        self._report = report
+        self._swept = False
+        self.held: VersionAnnouncement | None = None
+
+    # ------------------------------------------------------------ the start
+
+    def recover(self) -> Active | None:
+        """Finds out what is here and returns what is in use; what a crash left is cleared.
+
+        What is damaged is treated as absent: it is fetched or made again.
+        """
+        self._storage.attempt("sweep", self._library.sweep)
+        try:
+            active = self._library.active()
+        except StoreError as error:
+            log.error("active_version_lost", device=self._device, reason=str(error))
+            active = None
+        known = self._memory.announcement()
+        try:
+            self.held = known if known is not None and self._library.holds(known) else None
+        except FedgeError as error:
+            log.error("version_lost", device=self._device, reason=str(error))
+        return active
+
+    def announced(self, version: VersionAnnouncement) -> None:
+        """The coordinator's newest version is known: what an older download left goes.
+
+        It could not go at the start, because it might have been this version's. If this version is
+        to be fetched, `fetch` does the same.
+        """
+        if not self._swept and self.held is not None and version.number == self.held.number:
+            self._swept = True
+            held = self.held
+            self._storage.attempt("sweep", lambda: self._library.make_room(held, None))
+
+    # ------------------------------------------------------------ fetching
+
+    async def fetch(self, version: VersionAnnouncement) -> None:
+        """Fetches what is missing of a version, however long it takes; then feeds `Fetched`.
+
+        Feeds `FetchFailed` if it cannot be had, and reports it. Cancel it to give up.
+        """
+
+        def blocked(error: StoreUnavailable) -> None:
+            self._feed(FetchFailed(version.number, str(error), Outlook.UNDER_WAY))
+
+        try:
+            await self._storage.until_done("blobs", lambda: self._bring(version), blocked)
+        except FedgeError as error:
+            final = isinstance(error, CacheTooSmall)
+            outlook = Outlook.NEVER if final else Outlook.WHEN_ANNOUNCED_AGAIN
+            self._feed(FetchFailed(version.number, str(error), outlook))
+            await self._refused(version, error)
+            return
+        self.held = version
+        log.info(
+            "version_fetched",
+            device=self._device,
+            version=version.number,
+            received_bytes=self._downloads.received_bytes,
+        )
+        self._feed(Fetched(version.number))
+        await self._storage.until_done("announcement", lambda: self._keep(version))
+
+    async def _bring(self, version: VersionAnnouncement) -> None:
+        self._swept = True
+        self._library.make_room(version, self._in_hand())
+        manifest = await self._manifest(version.plan)
+        # Now the sizes of its graphs are known, too.
+        self._library.make_room(version, self._in_hand())
+        await self._downloads.fetch(self._library.needed(version, manifest))
+
+    def _in_hand(self) -> VersionAnnouncement | None:
+        if self.held is not None:
+            try:
+                if self._library.holds(self.held):
+                    return self.held
+            except StoreUnavailable:
+                raise
+            except FedgeError as error:
+                log.error("version_lost", device=self._device, reason=str(error))
+        self.held = None
+        return None
+
+    async def _manifest(self, plan: BlobRef) -> PlanManifest:
+        await self._downloads.fetch([plan])
+        try:
+            return self._library.manifest(plan)
+        except StoreUnavailable:
+            raise
+        except StoreError as error:
+            log.error("blob_damaged", device=self._device, reason=str(error))
+        await self._downloads.fetch([plan])
+        return self._library.manifest(plan)
+
+    async def _keep(self, version: VersionAnnouncement) -> None:
+        self._memory.keep_announcement(version)
+
+    # ------------------------------------------------------------ putting into use
+
+    async def activate(self, version: VersionAnnouncement) -> None:
+        """Makes the version's model, checks it and puts it into use; then feeds `Activated`.
+
+        A version that fails its checks is reported and the one before stays.
+        """
+        try:
+            made = await self._storage.until_done("model", lambda: self._put_into_use(version))
+        except FedgeError as error:
+            if self.held != version:
+                # While it waited for its turn, a newer one came and it was cleared away.
+                return
+            await self._refused(version, error)
+            return
+        if made:
+            self._feed(Activated(version.number))
+            await self._report(Report(kind=ReportKind.ACTIVATED, version=version.number))
+
+    async def _put_into_use(self, version: VersionAnnouncement) -> bool:
+        if self.held != version or self._active_number() == version.number:
+            # A newer one was fetched meanwhile, or it was done before.
+            return False
+        activated = await self._trainer.run(self._library.activation_of(version))
+        await asyncio.to_thread(self._library.activate, version)
+        log.info(
+            "version_activated",
+            device=self._device,
+            version=version.number,
+            latency_ms=activated.latency_ms,
+            largest_difference=activated.largest_difference,
+        )
+        return True
+
+    def _active_number(self) -> int | None:
+        try:
+            active = self._library.active()
+        except StoreError:
+            return None
+        return None if active is None else active.version
+
+    async def _refused(self, version: VersionAnnouncement, error: FedgeError) -> None:
+        log.error("version_refused", device=self._device, version=version.number, reason=str(error))
+        await self._report(
+            Report(
+                kind=ReportKind.ACTIVATION_FAILED, version=version.number, detail=str(error)[:500]
+            )
+        )

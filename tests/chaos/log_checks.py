@@ -1,0 +1,131 @@
+"""What the programs' own logs, exits and sizes say about the promise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from tests.chaos.gauges import Growth
+from tests.chaos.programs import Exit
+from tests.chaos.verdict import Violation
+
+EXIT_STATUSES = (1, 2)
+"""What `fedge.schemas.process` documents: it failed, or it was asked wrongly."""
+TRACEBACK = "Traceback (most recent call last)"
+
+
+def work_is_done_once(device: str, events: Iterable[Mapping[str, object]]) -> list[Violation]:
+    """No round is trained twice by a device, and no receipt settles the same update twice.
+
+    `events`: of the device's log, in order. A round may be trained again after its update was
+    rejected. A device that was killed between noting a receipt in its log and in its store, or
+    whose disk was full then, notes it again.
+    """
+    found = []
+    trained: dict[object, int] = {}
+    receipts: dict[object, int] = {}
+    life, disk_is_full, latest = 0, False, None
+    for event in events:
+        number = event.get("round")
+        if event["event"] == "agent_started":
+            life, disk_is_full = life + 1, False
+        elif event.get("what") == "receipt":
+            disk_is_full = event["event"] == "storage_unavailable"
+            if disk_is_full:
+                receipts.pop(latest, None)
+        elif event["event"] == "trained":
+            if number in trained:
+                found.append(
+                    f"{device} trained for round {number} in its life {trained[number]} and again "
+                    f"in life {life}"
+                )
+            trained[number] = life
+            receipts.pop(number, None)
+        elif event["event"] == "receipt":
+            if event.get("status") == "rejected":
+                trained.pop(number, None)
+            if receipts.get(number) == life and number in receipts:
+                found.append(f"{device} settled round {number} twice in life {life}")
+            latest = number
+            if not disk_is_full:
+                receipts[number] = life
+    return [Violation("work_is_done_once", text) for text in found]
+
+
+def exits_are_explained(
+    exits: Iterable[Exit], disk_troubles: Mapping[str, Sequence[tuple[float, float]]]
+) -> list[Violation]:
+    """No program of Fedge ends by itself, but for a start on a bad disk, with its status and word.
+
+    `disk_troubles`: by program, when its disk was bad.
+    """
+    found = []
+    for end in exits:
+        if end.wanted or is_a_refused_start(end, disk_troubles.get(end.program, ())):
+            continue
+        text = f"{end.program} ended by itself with status {end.status}:\n{end.last_words}"
+        found.append(Violation("exits_are_explained", text, end.at_s))
+    return found
+
+
+def is_a_refused_start(end: Exit, disk_troubles: Sequence[tuple[float, float]]) -> bool:
+    """Whether a program said at its start that its disk cannot be used, and it could not."""
+    bad = any(began <= end.at_s <= ended + 3 for began, ended in disk_troubles)
+    lines = [line for line in end.last_words.splitlines() if line.strip()]
+    said_why = bool(lines) and lines[-1].startswith("error: ")
+    return bad and not end.served and end.status in EXIT_STATUSES and said_why
+
+
+def stops_are_orderly(stops: Iterable[tuple[str, float, int | None]]) -> list[Violation]:
+    """SIGTERM ends every program with status 0, soon."""
+    return [
+        Violation("stops_are_orderly", f"{name}: {_status(status)} after SIGTERM", at_s)
+        for name, at_s, status in stops
+        if status != 0
+    ]
+
+
+def nothing_piles_up(
+    files: Mapping[str, Mapping[str, Sequence[str]]], limits: Mapping[str, int]
+) -> list[Violation]:
+    """What a program no longer needs is deleted.
+
+    `files`: of each program's state folder, by folder in it. `limits`: by such a folder, how many
+    files it may hold when all is quiet.
+    """
+    return [
+        Violation("nothing_piles_up", f"{len(names)} files in {folder} of {name}: {names[:20]}")
+        for name, folders in files.items()
+        for folder, names in folders.items()
+        if len(names) > limits[folder]
+    ]
+
+
+def _status(status: int | None) -> str:
+    return "no end within the limit" if status is None else f"status {status}"
+
+
+def logs_have_no_traceback(logs: Mapping[str, str]) -> list[Violation]:
+    """An expected failure is a sentence; a traceback is a defect."""
+    found = []
+    for name, text in logs.items():
+        start = text.find(TRACEBACK)
+        if start >= 0:
+            count = text.count(TRACEBACK)
+            excerpt = text[max(0, start - 300) : start + 3000].replace("\\n", "\n")
+            found.append(
+                Violation("logs_have_no_traceback", f"{count} in the log of {name}:\n{excerpt}")
+            )
+    return found
+
+
+def sizes_are_bounded(
+    grown: Iterable[Growth], *, growth_bytes: Mapping[str, int], descriptors_growth: int
+) -> list[Violation]:
+    """No process grows beyond what it had when it had settled, by more than so much."""
+    found = []
+    for each in grown:
+        if each.growth_bytes > growth_bytes[each.program]:
+            found.append(f"{each.program} grew by {each.growth_bytes / 1e6:.0f} MB")
+        if each.descriptors_growth > descriptors_growth:
+            found.append(f"{each.program} opened {each.descriptors_growth} files more")
+    return [Violation("sizes_are_bounded", text) for text in found]

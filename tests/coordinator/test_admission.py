@@ -1,0 +1,47 @@
+"""How many devices are known, and how often each may speak."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedge.coordinator.admission import BURST, FORGET_ABOVE, MESSAGES_PER_S, Admission
+from fedge.schemas.errors import PeerError, RejectReason
+
+
+def refused(admission, device, now):
+    try:
+        admission.admit(device, now)
+    except PeerError as error:
+        return error.reason is RejectReason.LIMIT_EXCEEDED
+    return False
+
+
+def test_a_flood_is_cut_to_its_rate_and_others_notice_nothing():
+    admission = Admission((), limit=10)
+    passed = sum(not refused(admission, "flood", now=i / 1000) for i in range(10_000))
+    # 10 seconds at the rate, and the burst.
+    assert passed == pytest.approx(BURST + 10 * MESSAGES_PER_S, abs=2)
+    assert not refused(admission, "honest", now=10.0)
+
+
+def test_a_device_that_was_too_fast_is_heard_again():
+    admission = Admission((), limit=10)
+    for _ in range(BURST):
+        admission.admit("a", 0.0)
+    assert refused(admission, "a", 0.0)
+    assert not refused(admission, "a", 2 / MESSAGES_PER_S)
+
+
+def test_names_beyond_the_limit_are_refused_and_known_ones_are_not():
+    admission = Admission(["old"], limit=2)
+    admission.admit("new", 0.0)
+    assert refused(admission, "third", 0.0)
+    assert not admission.is_known("third")
+    assert not refused(admission, "old", 0.0)
+
+
+def test_rates_of_quiet_devices_are_forgotten():
+    admission = Admission((), limit=10**6)
+    for index in range(2 * FORGET_ABOVE):
+        admission.admit(f"d{index}", float(index))
+    assert len(admission._spent) <= FORGET_ABOVE + 1

@@ -1,0 +1,81 @@
+"""How many are asked, learned from who delivered."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedge.coordinator.over_selection import (
+    FIRST_PATIENCE,
+    MOST,
+    Delivery,
+    OverSelection,
+    devices_to_ask,
+    learned,
+)
+
+
+def rounds_of(share: float, rounds: int, *, goal: int = 100, factor: float = 1.3, seed: int = 1):
+    """Plays rounds where each device delivers with that probability; the goals that were missed."""
+    rng = np.random.default_rng(seed)
+    belief, missed, asked = OverSelection(), [], []
+    for number in range(rounds):
+        cohort = devices_to_ask(belief, goal, factor)
+        delivered = min(goal, int(rng.binomial(cohort, share)))
+        missed.append(number) if delivered < goal else None
+        asked.append(cohort)
+        belief = learned(belief, Delivery(cohort, delivered, goal), factor)
+    return missed, asked
+
+
+def test_it_begins_with_the_operators_factor_and_keeps_it_while_goals_are_reached():
+    missed, asked = rounds_of(0.95, 200)
+    assert not missed
+    assert set(asked) == {130}
+
+
+def test_after_a_round_that_missed_enough_are_asked_for_the_share_that_was_seen():
+    belief = learned(OverSelection(), Delivery(130, 88, 100), 1.3)
+    ask = devices_to_ask(belief, 100, 1.3)
+    share = 88 / 130
+    # The goal is 2.6 standard deviations below what is expected of so many.
+    assert ask * share - 2.6 * (ask * share * (1 - share)) ** 0.5 >= 100
+    assert (ask - 1) * share - 2.6 * ((ask - 1) * share * (1 - share)) ** 0.5 < 100
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_with_a_third_of_the_fleet_late_or_lost_99_in_100_rounds_reach_their_goal(seed):
+    missed, asked = rounds_of(0.68, 1000, seed=seed)
+    assert len(missed) <= 10
+    # At a cost: devices asked in vain, yet far fewer than the most.
+    assert np.mean(asked) < 200
+
+
+def test_what_a_bad_night_taught_is_forgotten_in_time():
+    belief = learned(OverSelection(), Delivery(130, 10, 100), 1.3)
+    assert devices_to_ask(belief, 100, 1.3) == MOST * 100
+    good = 0
+    while devices_to_ask(belief, 100, 1.3) > 130:
+        cohort = devices_to_ask(belief, 100, 1.3)
+        belief = learned(belief, Delivery(cohort, 100, 100), 1.3)
+        good += 1
+        assert good < 1000
+    assert good > FIRST_PATIENCE
+
+
+def test_an_experiment_that_failed_is_repeated_more_rarely():
+    belief = learned(OverSelection(), Delivery(130, 88, 100), 1.3)
+    for _ in range(belief.patience):
+        belief = learned(belief, Delivery(170, 100, 100), 1.3)
+    assert belief.trying
+    belief = learned(belief, Delivery(160, 99, 100), 1.3)
+    assert belief.patience == 2 * FIRST_PATIENCE
+
+
+def test_a_small_fleet_that_all_delivers_has_not_missed():
+    belief = learned(OverSelection(), Delivery(cohort=3, delivered=3, goal=10), 1.3)
+    assert belief == OverSelection()
+
+
+def test_a_round_without_a_cohort_teaches_nothing():
+    assert learned(OverSelection(), Delivery(0, 0, 10), 1.3) == OverSelection()

@@ -1,0 +1,27 @@
+"""How long the models search: some seconds in the unit suite, as long as you like by hand.
+
+`HYPOTHESIS_PROFILE=deep pytest tests/model` tries many times more and longer runs. A failure prints
+the shortest sequence of rules that Hypothesis found, and a blob for `@reproduce_failure`; nothing
+is derandomized, so each run of the suite searches elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+
+
+def search(*, examples: int, steps: int, deep_examples: int, deep_steps: int) -> settings:
+    """Settings of one model: `examples` runs of at most `steps` rules, or the deep ones."""
+    return settings(
+        max_examples=deep_examples if DEEP else examples,
+        stateful_step_count=deep_steps if DEEP else steps,
+        # The machine is shared: how long an example takes says nothing.
+        deadline=None,
+        # A run of a whole fleet is slow and draws much, and is meant to.
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+        print_blob=True,
+    )
