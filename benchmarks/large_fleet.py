@@ -21,11 +21,12 @@ import json
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from processes import Program, mosquitto, print_table, program
+from processes import Program, mosquitto, print_table, program, wait_for_event
 
 from fedge.coordinator.store import Outcome, Store
 from fedge.edge_agent.upload import Uploads
@@ -72,6 +73,7 @@ class SimulatedDevice:
         self._checked_in = 0
         self._working = 0
         self._round: RoundAnnouncement | None = None
+        self.connected = asyncio.Event()
         self.fates = {"in_time": 0, "late": 0, "dropped": 0}
 
     async def run(self, connecting: asyncio.Semaphore) -> None:
@@ -81,6 +83,7 @@ class SimulatedDevice:
             await self._bulk.start()
             while not isinstance(await self._control.next_event(), LinkUp):
                 pass
+        self.connected.set()
         birth = messages.Presence(boot=1, online=True)
         self._start(
             self._control.publish(
@@ -201,7 +204,7 @@ def write_update(folder: Path) -> tuple[Path, BlobRef]:
 
 
 async def serve_rounds(
-    folder: Path, port: int, coordinator: Program, wanted: argparse.Namespace
+    folder: Path, port: int, start: Callable[[], Program], wanted: argparse.Namespace
 ) -> dict[str, Any]:
     update = write_update(folder)
     devices = [
@@ -209,6 +212,9 @@ async def serve_rounds(
     ]
     connecting = asyncio.Semaphore(50)
     tasks = [asyncio.create_task(device.run(connecting)) for device in devices]
+    for device in devices:
+        await device.connected.wait()
+    coordinator = start()
     memory: dict[int, int] = {}
     started = time.monotonic()
     try:
@@ -261,12 +267,18 @@ def main() -> None:
         with mosquitto(folder) as (port, broker):
             write_config(folder, port, wanted)
             arguments = ["-m", "fedge.coordinator", "serve", "--config", "fedge.toml"]
-            with program("coordinator", arguments, folder) as coordinator:
-                while not any(e["event"] == "version_published" for e in coordinator.events()):
-                    if not coordinator.process.is_running():
-                        raise SystemExit(coordinator.log.read_text()[-2000:])
-                    time.sleep(0.2)
-                found = asyncio.run(serve_rounds(folder, port, coordinator, wanted))
+            with program("first-life", arguments, folder) as first:
+                wait_for_event(first, "version_published")
+            # The fleet is there before the coordinator, as after any of its restarts.
+            with contextlib.ExitStack() as stack:
+                lives: list[Program] = []
+
+                def start() -> Program:
+                    lives.append(stack.enter_context(program("coordinator", arguments, folder)))
+                    return lives[0]
+
+                found = asyncio.run(serve_rounds(folder, port, start, wanted))
+                (coordinator,) = lives
                 found["coordinator_cpu_s"] = coordinator.cpu_s()
                 found["coordinator_peak_bytes"] = coordinator.peak_bytes()
                 found["broker_bytes"] = int(broker.memory_info().rss)

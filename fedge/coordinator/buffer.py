@@ -14,7 +14,9 @@ still (round, device), the round being the one that asked: so a device is asked 
     a flight lands, fails, expires    the first in line is asked
     goal reached                      CLOSING
     deadline, or later, with quorum   CLOSING
-    deadline without quorum           open: what was accepted is not thrown away for being early
+    deadline without quorum           open while somebody flies: what was accepted is not thrown
+                                      away for being early
+    … and nobody flies any more       ABANDONED: in the next round everybody may be asked again
     superseded                        ABANDONED, and every flight is called back
 
 Pure, as `rounds` is, whose events and commands it shares.
@@ -144,7 +146,14 @@ def _go_on(state: Buffer, policy: RoundPolicy, now: float) -> tuple[Buffer, Sequ
     enough = policy.goal if now < state.until else policy.quorum
     if len(state.accepted) >= enough:
         return replace(state, phase=Phase.CLOSING, waiting=()), (Aggregate(),)
-    return _ask(state, policy, now)
+    state, commands = _ask(state, policy, now)
+    if now >= state.until and state.asked and not state.flights:
+        reason = (
+            f"the deadline came with {len(state.accepted)} updates and nobody is left to ask; "
+            f"the quorum is {policy.quorum}"
+        )
+        return replace(state, phase=Phase.ABANDONED), (Abandon(reason),)
+    return state, commands
 
 
 def _ask(state: Buffer, policy: RoundPolicy, now: float) -> tuple[Buffer, Sequence[Command]]:

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 import click
 
 from fedge import __version__
+from fedge.coordinator.command_options import config_option as _config
+from fedge.coordinator.command_options import json_option as _json
+from fedge.coordinator.db_commands import db
 from fedge.coordinator.tasks import BUILT_IN_TASKS
 from fedge.schemas.errors import ConfigError
 from fedge.schemas.logs import set_up_logging
@@ -28,16 +31,6 @@ if TYPE_CHECKING:
 
 # Imports below are inside the commands: only `serve` and `demo` need torch, which takes seconds.
 
-_config = click.option(
-    "--config",
-    "config_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("fedge.toml"),
-    show_default=True,
-    help="The coordinator's TOML file.",
-)
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fedge")
@@ -48,6 +41,7 @@ def cli() -> None:
     See it work:          fedge demo
     Run a coordinator:    fedge serve --config fedge.toml
     Look at what it did:  fedge round list, fedge round show N, fedge version list
+    Keep it safe:         fedge db check, fedge db backup PATH
 
     \b
     A coordinator needs one file, fedge.toml:
@@ -341,6 +335,9 @@ def device_list(config_path: Path, as_json: bool) -> None:
         reports.show_devices(store.devices(), as_json=as_json)
 
 
+cli.add_command(db)
+
+
 def main() -> None:
     """The entry point of `fedge`."""
     with errors_as_exit_status(), _packages_are_here():
@@ -370,9 +367,7 @@ def _store(config_path: Path) -> Store:
     from fedge.coordinator.store import Store  # noqa: PLC0415 -- as above
 
     settings = _settings(config_path)
-    return Store.open(
-        settings.state_dir, settings.store.database, blobs=settings.store.blobs
-    )
+    return Store.open(settings.state_dir, settings.store.database, blobs=settings.store.blobs)
 
 
 def _version(store: Store, number: int) -> VersionRecord:

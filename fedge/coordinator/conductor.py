@@ -371,25 +371,28 @@ class Conductor:
         self, state: AnyRound, asked: frozenset[str], commands: Sequence[rounds.Command]
     ) -> None:
         at = self._around.wall_clock()
+        if not await self._workers.insist(lambda: self._record_asked(state, asked, at)):
+            log.warning("round_ended_before_it_was_asked", round=state.number)
+            return
         if isinstance(state, Round):
-            until = at + max(0.0, state.until - self._around.clock())
-            await self._workers.insist(
-                lambda: self._store.record_assignment(
-                    state.number, sorted(asked), train_until=until, at=at
-                )
-            )
             log.info("round_training", round=state.number, base=state.base, cohort=len(asked))
-        else:
-            until = at + self._course.policy.deadline_s
-            await self._workers.insist(lambda: self._record_asked(state, asked, until, at))
         for command in commands:
             self._act(state, command)
         if isinstance(state, Round):
             self._around.publish()
 
-    def _record_asked(self, state: Buffer, asked: frozenset[str], until: float, at: float) -> None:
-        for device in sorted(asked):
-            self._store.record_asked(state.number, device, base=state.base, until=until, at=at)
+    def _record_asked(self, state: AnyRound, asked: frozenset[str], at: float) -> bool:
+        """False if the round has its outcome: the disk was full until after its deadline."""
+        if all(record.number != state.number for record in self._store.open_rounds()):
+            return False
+        if isinstance(state, Round):
+            until = at + max(0.0, state.until - self._around.clock())
+            self._store.record_assignment(state.number, sorted(asked), train_until=until, at=at)
+        else:
+            until = at + self._course.policy.deadline_s
+            for device in sorted(asked):
+                self._store.record_asked(state.number, device, base=state.base, until=until, at=at)
+        return True
 
     def _act(self, state: AnyRound, command: rounds.Command) -> None:
         tell = self._around.tell

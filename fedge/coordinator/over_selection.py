@@ -21,13 +21,15 @@ from fedge.coordinator.cohort import over_selected
 
 MOST = 4.0
 """Never more than so many devices for each update of the goal, whatever was seen."""
-MARGIN = 2.6
-"""Standard deviations: of rounds with the share that was seen, 99.5% reach the goal."""
-FIRST_PATIENCE = 10
+MARGIN = 3.0
+"""Standard deviations: of rounds with the share that was seen, 99.9% reach the goal."""
+FIRST_PATIENCE = 40
 """Rounds that reach their goal before fewer devices are tried; doubled by each failure, to…"""
 LONGEST_PATIENCE = 640
-STEP = 1.05
-"""An experiment believes that this many times as many will deliver."""
+FIRST_STEP = 0.02
+"""An experiment believes that the share is so much larger than it did, by ratio; the next, if this
+one did not miss, twice as much: what one bad night taught is forgotten in a few steps."""
+LARGEST_STEP = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +50,14 @@ class Delivery:
 class OverSelection:
     """What is believed now. `share`: of a cohort that delivers; None before any round missed.
 
-    `good`: rounds that reached the goal since the last change. `patience`: see above.
+    `good`: rounds that reached the goal since the last change. `patience`, `step`: see above.
     `trying`: the last change was an experiment.
     """
 
     share: float | None = None
     good: int = 0
     patience: int = FIRST_PATIENCE
+    step: float = FIRST_STEP
     trying: bool = False
 
 
@@ -65,14 +68,16 @@ def learned(belief: OverSelection, seen: Delivery, factor: float) -> OverSelecti
     if not seen.reached:
         patience = min(LONGEST_PATIENCE, belief.patience * 2) if belief.trying else belief.patience
         observed = seen.delivered / seen.cohort
-        return OverSelection(max(observed, 1 / MOST), 0, patience, trying=False)
+        return OverSelection(max(observed, 1 / MOST), patience=patience)
     if belief.share is None:
         return belief
     if belief.good + 1 < belief.patience:
         return replace(belief, good=belief.good + 1)
-    share = belief.share * STEP
+    step = min(LARGEST_STEP, 2 * belief.step) if belief.trying else belief.step
+    share = belief.share * (1 + step)
     # At the operator's factor there is nothing more to try.
-    return OverSelection(None if share >= 1 / factor else share, 0, belief.patience, trying=True)
+    believed = None if share >= 1 / factor else share
+    return OverSelection(believed, patience=belief.patience, step=step, trying=True)
 
 
 def devices_to_ask(belief: OverSelection, goal: int, factor: float) -> int:

@@ -58,8 +58,8 @@ class PresenceDesk:
 
     @property
     def next_deadline(self) -> float | None:
-        """When `time_passed` should be called."""
-        return self._attendance.roll_ends
+        """When `time_passed` should be called; never while nobody could answer the roll."""
+        return self._attendance.roll_ends if self._control.connected else None
 
     def heard(self, device: str, presence: Presence, *, retained: bool) -> None:
         """A birth or a will."""

@@ -143,7 +143,9 @@ def _restore(
         shutil.copyfile(backup / DATABASE_FILE, fresh)
         restored = _continue_above(fresh, manifest, old or OldState(), gap=gap, now=now)
         aside = f"replaced-{datetime.fromtimestamp(now, UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
-        _bring_blobs(backup, manifest, place, fresh, old, made, place.state_dir / aside)
+        _bring_blobs(
+            backup, manifest, place, fresh=fresh, old=old, made=made, aside=place.state_dir / aside
+        )
         # From here on there are only renames, and one transaction.
         if old is not None:
             kept = (UPLOADS, *_SQLITE_FILES) if place.blobs else (BLOBS, UPLOADS, *_SQLITE_FILES)
@@ -249,6 +251,7 @@ def _bring_blobs(
     backup: Path,
     manifest: BackupManifest,
     place: Place,
+    *,
     fresh: Path,
     old: OldState | None,
     made: Path,

@@ -281,7 +281,14 @@ class EdgeAgent:
                 self._pacing.check_in(command)
             case commands.SendCheckIn(number):
                 self._start(self._check_in(number), f"checkin-{number}")
-            case commands.Rest():
+            case commands.Rest(after_s):
+                if self._state.failures > 0:
+                    log.warning(
+                        "rests_after_failures",
+                        device=self._device,
+                        failures=self._state.failures,
+                        at_least_s=after_s,
+                    )
                 self._pacing.rest(command)
             case commands.KeepFailures(failures):
                 self._storage.attempt("failures", lambda: self._memory.keep_failures(failures))

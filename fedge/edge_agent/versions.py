@@ -169,7 +169,8 @@ class Versions:
             await self._report(Report(kind=ReportKind.ACTIVATED, version=version.number))
 
     async def _put_into_use(self, version: VersionAnnouncement) -> bool:
-        if self.held != version or self._active_number() == version.number:
+        held_number = None if self.held is None else self.held.number
+        if held_number != version.number or self._active_number() == version.number:
             # A newer one was fetched meanwhile, or it was done before.
             return False
         activated = await self._trainer.run(self._library.activation_of(version))

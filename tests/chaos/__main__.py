@@ -88,8 +88,6 @@ async def _run(options: Options, faults):
     async with after(options, faults) as (made, course):
         found = await asyncio.to_thread(judge, made, course)
         report = as_object(options, made, course, found)
-        lines = [f"{at_s - course.began_s:9.3f}  {text}" for at_s, text in made.timeline]
-        (options.folder / "timeline.txt").write_text("\n".join(lines) + "\n")
         for disk in made.disks.values():
             # The disk vanishes with this process; what was on it is wanted where something broke.
             shutil.copytree(disk.path, options.folder / "kept" / disk.path.name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 
-SETTLED_AFTER_S = 10.0
+SETTLED_AFTER_S = 20.0
 """A process that has just started is still loading its libraries."""
 LEAST_SPAN_S = 20.0
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Mapping, Sequence
 
 from tests.chaos.gauges import Growth
-from tests.chaos.programs import Exit
+from tests.chaos.programs import Exit, Stop
 from tests.chaos.verdict import Violation
 
 EXIT_STATUSES = (1, 2)
@@ -28,10 +29,12 @@ def work_is_done_once(device: str, events: Iterable[Mapping[str, object]]) -> li
         number = event.get("round")
         if event["event"] == "agent_started":
             life, disk_is_full = life + 1, False
-        elif event.get("what") == "receipt":
-            disk_is_full = event["event"] == "storage_unavailable"
-            if disk_is_full:
+        elif event["event"] == "storage_unavailable":
+            disk_is_full = True
+            if event.get("what") == "receipt":
                 receipts.pop(latest, None)
+        elif event["event"] == "storage_available":
+            disk_is_full = False
         elif event["event"] == "trained":
             if number in trained:
                 found.append(
@@ -75,12 +78,12 @@ def is_a_refused_start(end: Exit, disk_troubles: Sequence[tuple[float, float]]) 
     return bad and not end.served and end.status in EXIT_STATUSES and said_why
 
 
-def stops_are_orderly(stops: Iterable[tuple[str, float, int | None]]) -> list[Violation]:
-    """SIGTERM ends every program with status 0, soon."""
+def stops_are_orderly(stops: Iterable[Stop]) -> list[Violation]:
+    """SIGTERM ends every program soon: with status 0, or at once where it had just been started."""
     return [
-        Violation("stops_are_orderly", f"{name}: {_status(status)} after SIGTERM", at_s)
-        for name, at_s, status in stops
-        if status != 0
+        Violation("stops_are_orderly", f"{s.program}: {_status(s.status)} after SIGTERM", s.at_s)
+        for s in stops
+        if s.status != 0 and (s.served or s.status != -signal.SIGTERM)
     ]
 
 
@@ -119,13 +122,13 @@ def logs_have_no_traceback(logs: Mapping[str, str]) -> list[Violation]:
 
 
 def sizes_are_bounded(
-    grown: Iterable[Growth], *, growth_bytes: Mapping[str, int], descriptors_growth: int
+    grown: Iterable[Growth], *, most_rss_bytes: Mapping[str, int], descriptors_growth: int
 ) -> list[Violation]:
-    """No process grows beyond what it had when it had settled, by more than so much."""
+    """No process takes more memory than its program may, nor opens more and more files."""
     found = []
     for each in grown:
-        if each.growth_bytes > growth_bytes[each.program]:
-            found.append(f"{each.program} grew by {each.growth_bytes / 1e6:.0f} MB")
+        if each.max_rss_bytes > most_rss_bytes[each.program]:
+            found.append(f"{each.program} took {each.max_rss_bytes / 1e6:.0f} MB")
         if each.descriptors_growth > descriptors_growth:
             found.append(f"{each.program} opened {each.descriptors_growth} files more")
     return [Violation("sizes_are_bounded", text) for text in found]

@@ -42,6 +42,16 @@ class Exit:
 
 
 @dataclass(frozen=True, slots=True)
+class Stop:
+    """A program was asked to end. `status`: None if it did not within the limit. See `Exit`."""
+
+    program: str
+    at_s: float
+    status: int | None
+    served: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Life:
     """One process of a program, from its start on. `log_offset`: where its log lines begin."""
 
@@ -121,13 +131,11 @@ class Program:
             os.kill(pid, number)
         return True
 
-    async def stop(self, limit_s: float) -> int | None:
-        """Ends it with SIGTERM and returns its exit status; None if it took longer, or was down.
-
-        One that takes longer is killed.
-        """
+    async def stop(self, limit_s: float) -> Stop | None:
+        """Ends it with SIGTERM, and with SIGKILL after `limit_s`; None if it was down."""
         self._wanted_down = True
         process = self._process
+        served = self._has_served()
         if process is None or not self.signal(signal.SIGTERM):
             return None
         try:
@@ -136,8 +144,8 @@ class Program:
         except TimeoutError:
             self.kill()
             await self._ended.wait()
-            return None
-        return process.returncode
+            return Stop(self.name, time.monotonic(), None, served)
+        return Stop(self.name, time.monotonic(), process.returncode, served)
 
     async def gone(self) -> None:
         """Returns when no process is there."""
@@ -172,6 +180,10 @@ class Program:
             log.seek(offset)
             return log.read().decode(errors="replace")
 
+    def _has_served(self) -> bool:
+        said = self.log_text(self.lives[-1].log_offset) if self.lives else ""
+        return any(f'"event": "{event}' in said for event in SERVING)
+
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         status = await process.wait()
         said = self.log_text(self.lives[-1].log_offset)
@@ -181,7 +193,7 @@ class Program:
                 at_s=time.monotonic(),
                 status=status,
                 wanted=self._wanted_down,
-                served=any(f'"event": "{event}' in said for event in SERVING),
+                served=self._has_served(),
                 last_words=said[-2000:],
             )
         )

@@ -26,7 +26,7 @@ from tests.chaos.stores import Snapshot, read_coordinator, read_outbox
 from tests.chaos.verdict import Violation
 from tests.chaos.world import Pace, Trouble, World, rng_of, world
 
-FIRST_VERSION_S = 120.0
+FIRST_VERSION_S = 240.0
 LOOK_EVERY_S, GAUGE_EVERY_S = 0.3, 2.0
 FURTHER_VERSIONS = 3
 PRESENCE_LIMIT_S = 15.0

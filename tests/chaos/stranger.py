@@ -8,6 +8,7 @@ would believe to be the coordinator's: a broker's access rules keep devices from
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from tests.chaos.mqtt_wire import Publish
 
 NAME = "stranger"
 CHUNK_BYTES = 1024
-PATIENCE_S = 4.0
+PATIENCE_S, ANSWER_S = 4.0, 0.7
 CLAIMED_EXAMPLES = 50
 
 READ_KINDS = ("offer", "checkin", "need", "report")
@@ -79,12 +80,14 @@ class Stranger:
         self.client = BareClient(port, NAME, filters, self._heard)
         self._inbox: dict[str, asyncio.Queue[bytes]] = {}
         self._round: dict[str, object] = {}
+        self._announced = asyncio.Event()
 
     def _heard(self, message: Publish) -> None:
         kind, device = kind_of(message.topic)
         if device is None:
             if kind == "round" and message.payload:
                 self._round = json.loads(message.payload)
+                self._announced.set()
             return
         inbox = self._inbox.setdefault(kind, asyncio.Queue(100))
         if not inbox.full():
@@ -140,9 +143,15 @@ class Stranger:
     async def lie(self, lie: str, rng: random.Random) -> bool:
         """Takes part in a round with a bad update; whether it was chosen."""
         assignment = await self._join()
-        if assignment is None or not self.evidence.updates:
+        others = sorted(
+            digest
+            for (device, _), digests in self.evidence.made.items()
+            for digest in digests
+            if device != NAME
+        )
+        if assignment is None or not others:
             return False
-        honest = self.evidence.updates[rng.choice(sorted(self.evidence.updates))]
+        honest = self.evidence.updates[rng.choice(others)]
         data = LIES[lie](honest, rng)
         ref = describe(data, CHUNK_BYTES)
         offer = messages.Offer(
@@ -167,25 +176,25 @@ class Stranger:
     # ------------------------------------------------------------ the protocol
 
     async def _join(self) -> messages.Assignment | None:
-        loop = asyncio.get_running_loop()
+        """Its assignment in one of the next rounds, None if it was not chosen in any."""
         self._inbox.pop("assignment", None)
-        gives_up_s = loop.time() + PATIENCE_S
-        while self._round.get("phase") != "gathering":
-            if loop.time() > gives_up_s:
-                return None
-            await asyncio.sleep(0.02)
-        number = int(str(self._round["round"]))
-        checkin = messages.Checkin(round=number, examples=CLAIMED_EXAMPLES, boot=1)
-        await self.client.say(self._up("checkin"), messages.encode(checkin))
-        payload = await self._next("assignment")
-        if payload is None:
-            return None
-        return messages.decode(messages.Assignment, payload)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                while True:
+                    await self._announced.wait()
+                    self._announced.clear()
+                    number = int(str(self._round["round"]))
+                    checkin = messages.Checkin(round=number, examples=CLAIMED_EXAMPLES, boot=1)
+                    await self.client.say(self._up("checkin"), messages.encode(checkin))
+                    payload = await self._next("assignment", ANSWER_S)
+                    if payload is not None:
+                        return messages.decode(messages.Assignment, payload)
+        return None
 
-    async def _next(self, kind: str) -> bytes | None:
+    async def _next(self, kind: str, within_s: float = PATIENCE_S) -> bytes | None:
         inbox = self._inbox.setdefault(kind, asyncio.Queue(100))
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(within_s):
                 return await inbox.get()
         except TimeoutError:
             return None

@@ -131,7 +131,9 @@ def test_a_program_that_was_killed_stays_down_until_it_is_started(tmp_path: Path
         assert [(end.status, end.wanted) for end in exits] == [(-9, True)]
         assert not watched.running
         await watched.start()
-        assert await watched.stop(10) == -15
+        stop = await watched.stop(10)
+        assert stop is not None
+        assert (stop.status, stop.served) == (-15, False)
         assert [end.wanted for end in exits] == [True, True]
 
     asyncio.run(work())

@@ -13,7 +13,7 @@ from tests.chaos.log_checks import (
     stops_are_orderly,
     work_is_done_once,
 )
-from tests.chaos.programs import Exit
+from tests.chaos.programs import Exit, Stop
 
 STARTED = {"event": "agent_started"}
 TRAINED = {"event": "trained", "round": 3}
@@ -21,6 +21,7 @@ ACCEPTED = {"event": "receipt", "round": 3, "status": "accepted"}
 REJECTED = {"event": "receipt", "round": 3, "status": "rejected"}
 
 FULL = {"event": "storage_unavailable", "what": "receipt"}
+FULL_FOR_MODELS = {"event": "storage_unavailable", "what": "model"}
 FREE = {"event": "storage_available", "what": "receipt"}
 
 
@@ -31,6 +32,8 @@ FREE = {"event": "storage_available", "what": "receipt"}
         ([STARTED, TRAINED, REJECTED, TRAINED, ACCEPTED], 0),
         ([STARTED, TRAINED, ACCEPTED, STARTED, ACCEPTED], 0),
         ([STARTED, TRAINED, ACCEPTED, FULL, ACCEPTED, FREE, ACCEPTED], 0),
+        ([STARTED, TRAINED, FULL_FOR_MODELS, ACCEPTED, FREE, ACCEPTED], 0),
+        ([STARTED, TRAINED, ACCEPTED, FULL_FOR_MODELS, FREE, ACCEPTED], 1),
         ([STARTED, TRAINED, ACCEPTED, FULL, FREE, ACCEPTED, ACCEPTED], 1),
         ([STARTED, TRAINED, TRAINED], 1),
         ([STARTED, TRAINED, STARTED, TRAINED, ACCEPTED], 1),
@@ -78,8 +81,14 @@ def test_an_end_that_nobody_wanted_is_found(end: Exit, violations: int):
 
 
 def test_a_program_that_does_not_obey_sigterm_is_found():
-    stops = [("d0", 1.0, 0), ("d1", 2.0, None), ("d2", 3.0, 1)]
-    assert [violation.text[:2] for violation in stops_are_orderly(stops)] == ["d1", "d2"]
+    stops = [
+        Stop("d0", 1.0, 0, served=True),
+        Stop("d1", 2.0, None, served=True),
+        Stop("d2", 3.0, 1, served=True),
+        Stop("d3", 4.0, -15, served=False),
+        Stop("d4", 5.0, -15, served=True),
+    ]
+    assert [violation.text[:2] for violation in stops_are_orderly(stops)] == ["d1", "d2", "d4"]
 
 
 def test_a_traceback_is_found_also_within_a_json_line():
@@ -101,7 +110,8 @@ def test_files_that_pile_up_are_found():
 
 def samples(program: str, pid: int, rss_bytes: list[int], descriptors: int = 10) -> list[Sample]:
     return [
-        Sample(program, pid, 5.0 * index, each, descriptors) for index, each in enumerate(rss_bytes)
+        Sample(program, pid, 10.0 * index, each, descriptors)
+        for index, each in enumerate(rss_bytes)
     ]
 
 
@@ -113,10 +123,10 @@ def test_memory_that_grows_is_found_and_its_slope_is_told():
     still, leak = grown[0], grown[1]
     assert still == Growth("d0", 60, 0, pytest.approx(0.0, abs=1e-9), 10, 0)
     assert leak is not None
-    assert leak.slope_bytes_per_s == pytest.approx(20.0)
+    assert leak.slope_bytes_per_s == pytest.approx(10.0)
     assert leak.growth_bytes == 700
-    limits = {"d0": 100, "d1": 100}
-    found = sizes_are_bounded([still, leak], growth_bytes=limits, descriptors_growth=5)
+    limits = {"d0": 100, "d1": 900}
+    found = sizes_are_bounded([still, leak], most_rss_bytes=limits, descriptors_growth=5)
     assert [violation.text[:2] for violation in found] == ["d1"]
 
 

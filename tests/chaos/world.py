@@ -28,7 +28,7 @@ from tests.chaos.clocks import SITE, Clock
 from tests.chaos.disks import Disk
 from tests.chaos.evidence import Evidence
 from tests.chaos.ports import free_port
-from tests.chaos.programs import Exit, Program
+from tests.chaos.programs import Exit, Program, Stop
 from tests.chaos.proxy import Proxy
 from tests.chaos.schedule import BROKER, COORDINATOR
 from tests.chaos.stranger import Stranger
@@ -50,7 +50,7 @@ class Pace:
     quorum: int = 2
     gather_s: float = 2.0
     deadline_s: float = 6.0
-    local_epochs: int = 40
+    local_epochs: int = 24
 
 
 @dataclass(slots=True)
@@ -79,9 +79,10 @@ class World:
     disks: dict[str, Disk] = field(default_factory=dict)
     clocks: dict[str, Clock] = field(default_factory=dict)
     exits: list[Exit] = field(default_factory=list)
-    stops: list[tuple[str, float, int | None]] = field(default_factory=list)
+    stops: list[Stop] = field(default_factory=list)
     troubles: list[Trouble] = field(default_factory=list)
     timeline: list[tuple[float, str]] = field(default_factory=list)
+    made_s: float = field(default_factory=time.monotonic)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,7 +104,10 @@ class World:
 
     def note(self, text: str) -> None:
         """A line for whoever asks what happened around a moment."""
-        self.timeline.append((time.monotonic(), text))
+        now = time.monotonic()
+        self.timeline.append((now, text))
+        with (self.folder / "timeline.txt").open("a") as file:
+            file.write(f"{now - self.made_s:9.3f}  {text}\n")
 
     def exited(self, end: Exit) -> None:
         """A process ended."""
@@ -145,9 +149,9 @@ class World:
 
     async def stop(self, name: str) -> None:
         """Ends a program in an orderly way, and notes whether it obeyed."""
-        if self.programs[name].running:
-            status = await self.programs[name].stop(PATIENT_S)
-            self.stops.append((name, time.monotonic(), status))
+        stop = await self.programs[name].stop(PATIENT_S)
+        if stop is not None:
+            self.stops.append(stop)
 
     async def restart_broker(self, comes_back: str, limits: str, down_s: float) -> None:
         """Kills the broker and starts it again, with or without what it had saved."""

@@ -109,6 +109,22 @@ def test_at_the_deadline_a_quorum_is_enough_and_without_one_it_waits():
     assert commands == (Aggregate(),)
 
 
+def test_when_nobody_is_left_to_ask_the_round_ends_so_that_all_can_be_asked_again():
+    state, _ = after(opened()[0], CheckedIn("a", 2), CheckedIn("b", 2), Failed("a"))
+    assert state.is_open
+    state, commands = step(state, TimePassed(2), POLICY, 101.0)
+    assert commands[0] == Dismiss(("b",), RejectReason.LATE, 1)
+    assert isinstance(commands[1], Abandon)
+    assert "0 updates and nobody is left" in commands[1].reason
+
+
+def test_a_round_that_nobody_came_to_waits_for_somebody():
+    state, commands = step(opened()[0], TimePassed(0), POLICY, 1000.0)
+    assert not commands
+    state, commands = step(state, CheckedIn("a", 1), POLICY, 1001.0)
+    assert commands == (Assign(("a",)),)
+
+
 def test_a_flight_that_would_be_too_stale_is_called_back_when_the_next_round_opens():
     flights = {(1, "a"): Flight(0, 999.0), (2, "b"): Flight(1, 999.0)}
     state, commands = opened(4, 3, flights)

@@ -38,9 +38,9 @@ def test_after_a_round_that_missed_enough_are_asked_for_the_share_that_was_seen(
     belief = learned(OverSelection(), Delivery(130, 88, 100), 1.3)
     ask = devices_to_ask(belief, 100, 1.3)
     share = 88 / 130
-    # The goal is 2.6 standard deviations below what is expected of so many.
-    assert ask * share - 2.6 * (ask * share * (1 - share)) ** 0.5 >= 100
-    assert (ask - 1) * share - 2.6 * ((ask - 1) * share * (1 - share)) ** 0.5 < 100
+    # The goal is 3 standard deviations below what is expected of so many.
+    assert ask * share - 3 * (ask * share * (1 - share)) ** 0.5 >= 100
+    assert (ask - 1) * share - 3 * ((ask - 1) * share * (1 - share)) ** 0.5 < 100
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -48,7 +48,7 @@ def test_with_a_third_of_the_fleet_late_or_lost_99_in_100_rounds_reach_their_goa
     missed, asked = rounds_of(0.68, 1000, seed=seed)
     assert len(missed) <= 10
     # At a cost: devices asked in vain, yet far fewer than the most.
-    assert np.mean(asked) < 200
+    assert np.mean(asked) < 210
 
 
 def test_what_a_bad_night_taught_is_forgotten_in_time():
@@ -59,7 +59,7 @@ def test_what_a_bad_night_taught_is_forgotten_in_time():
         cohort = devices_to_ask(belief, 100, 1.3)
         belief = learned(belief, Delivery(cohort, 100, 100), 1.3)
         good += 1
-        assert good < 1000
+        assert good < 400
     assert good > FIRST_PATIENCE
 
 

@@ -117,45 +117,54 @@ class ScriptedCoordinator:
         topic = self.topics.announcement(type(message))
         await self.link.publish(topic, messages.encode(message), retain=True)
 
-    async def publish_blob(self, data: bytes, only: range | None = None) -> BlobRef:
-        """Keeps the chunks of a blob at the broker; `only` these, if given."""
-        ref = describe(data, CHUNK_BYTES)
-        for index, chunk in enumerate(chunks_of(data, CHUNK_BYTES)):
-            if only is None or index in only:
-                topic = self.topics.chunk(ref.sha256, index)
-                await self.link.publish(topic, bytes(chunk), retain=True)
-        return ref
-
     def weights(self, number: int) -> dict[str, np.ndarray]:
         """Of version `number`: the plan's first weights, moved a little."""
         weights = dict(initial_weights())
         weights["w"] = (weights["w"] + np.float32(number)).astype(np.float32)
         return weights
 
-    async def publish_version(self, number: int, **changes: Any) -> VersionAnnouncement:
-        """Publishes a version's blobs and announces it. `changes`: of the announcement."""
+    def version(self, number: int) -> tuple[VersionAnnouncement, list[tuple[BlobRef, bytes]]]:
+        """A version: what is announced, and its blobs."""
         weights = self.weights(number)
         inputs = load(self.plan.golden)["input"]
         outputs = (inputs * weights["scale"]) @ weights["w"] + weights["b"]
         manifest = self.plan.manifest
-        for data in (self.plan.train, self.plan.infer, self.plan.golden):
-            # The manifest cuts them as it wants.
-            ref = next(
-                ref
-                for ref in (manifest.graphs.train, manifest.graphs.infer, manifest.golden)
-                if ref.sha256 == sha256(data)
+        own = [
+            (describe(data, CHUNK_BYTES), data)
+            for data in (
+                manifest.encode(),
+                encode_tensors(weights),
+                encode_tensors({"output": outputs.astype(np.float32)}),
             )
+        ]
+        model = self.plan.model(weights)
+        announcement = VersionAnnouncement(
+            number=number,
+            plan=own[0][0],
+            weights=own[1][0],
+            golden=own[2][0],
+            model_sha256=sha256(model),
+            model_bytes=len(model),
+        )
+        # The manifest cuts the plan's blobs as it wants.
+        plan = [
+            (manifest.graphs.train, self.plan.train),
+            (manifest.graphs.infer, self.plan.infer),
+            (manifest.golden, self.plan.golden),
+        ]
+        return announcement, [*plan, *own]
+
+    async def publish_blobs(self, blobs: list[tuple[BlobRef, bytes]]) -> None:
+        """Keeps the chunks of blobs at the broker."""
+        for ref, data in blobs:
             for index, chunk in enumerate(chunks_of(data, ref.chunk_bytes)):
                 topic = self.topics.chunk(ref.sha256, index)
                 await self.link.publish(topic, bytes(chunk), retain=True)
-        announcement = VersionAnnouncement(
-            number=number,
-            plan=await self.publish_blob(manifest.encode()),
-            weights=await self.publish_blob(encode_tensors(weights)),
-            golden=await self.publish_blob(encode_tensors({"output": outputs.astype(np.float32)})),
-            model_sha256=sha256(self.plan.model(weights)),
-            model_bytes=len(self.plan.model(weights)),
-        ).model_copy(update=changes)
+
+    async def publish_version(self, number: int) -> VersionAnnouncement:
+        """Publishes a version's blobs and announces it."""
+        announcement, blobs = self.version(number)
+        await self.publish_blobs(blobs)
         await self.announce(announcement)
         return announcement
 

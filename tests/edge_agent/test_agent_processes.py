@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -92,8 +93,6 @@ def agent_process(here: ScriptedCoordinator) -> Iterator[Process]:
 
 
 def has_ended(pidfd: int) -> bool:
-    import select  # noqa: PLC0415 -- here only
-
     try:
         return bool(select.select([pidfd], [], [], LIMIT_S)[0])
     finally:
@@ -101,7 +100,7 @@ def has_ended(pidfd: int) -> bool:
 
 
 async def in_training(here: ScriptedCoordinator, agent: Process, number: int = 1) -> None:
-    """The device trains, for a while: 400 examples, `epochs` times."""
+    """The device trains, for a while: 400 examples, a thousand times."""
     await here.publish_version(0)
     await here.announce_round(number, 0)
     await here.receive(Checkin, round=number)
@@ -138,10 +137,8 @@ def test_an_agent_killed_in_training_leaves_no_process_and_trains_again_when_ask
                 await here.receive(Presence, online=True)
                 await here.listen(1)
                 assert here.heard(Offer) == [], "an update with a receipt was offered again"
-            # Of the version, its blobs came once: the second life found them.
-            fetched = agent.events("version_fetched")
-            assert fetched[0]["received_bytes"] > 0
-            assert [event["received_bytes"] for event in fetched[1:]] == []
+            # The version's blobs came once: later lives found them.
+            assert len(agent.events("version_fetched")) == 1
 
     asyncio.run(scenario())
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -350,6 +352,44 @@ def test_a_damaged_state_file_is_begun_anew_and_the_boot_number_goes_on(
                 await here.announce_round(2, 0)
                 await here.receive(Checkin, round=2)
                 assert here.heard(Offer, round=offer.round) == []
+
+    asyncio.run(scenario())
+
+
+def test_a_version_announced_again_while_it_is_fetched_is_put_into_use(
+    mosquitto: MosquittoBroker, tmp_path: Path, caplog
+) -> None:
+    async def scenario() -> None:
+        async with (
+            scripted_coordinator(mosquitto.port, tmp_path) as here,
+            running(here, caplog),
+        ):
+            announcement, blobs = here.version(0)
+            await here.announce(announcement)
+            await here.receive(Presence, online=True)
+            # The same version in another message: the coordinator was started again.
+            await here.announce(here.version(0)[0])
+            await here.publish_blobs(blobs)
+            await here.receive(Report, kind=ReportKind.ACTIVATED, version=0)
+
+    asyncio.run(scenario())
+
+
+def test_a_training_process_killed_while_it_counts_the_examples_counts_them_again(
+    mosquitto: MosquittoBroker, tmp_path: Path, caplog
+) -> None:
+    async def scenario() -> None:
+        async with (
+            scripted_coordinator(mosquitto.port, tmp_path) as here,
+            running(here, caplog) as agent,
+        ):
+            async with asyncio.timeout(60):
+                while agent.trainer.pid is None:  # noqa: ASYNC110 -- nothing tells of a start
+                    await asyncio.sleep(0.001)
+            os.kill(agent.trainer.pid, signal.SIGKILL)
+            await agent.logged("examples_counted")
+            assert [event["examples"] for event in agent.events("examples_counted")] == [400]
+            assert not agent.events("examples_not_counted")
 
     asyncio.run(scenario())
 

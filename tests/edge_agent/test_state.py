@@ -127,6 +127,17 @@ def test_a_mistake_is_not_told_as_something_that_may_pass(tmp_path: Path) -> Non
         assert not isinstance(error.value, StoreUnavailable)
 
 
+def test_a_call_that_fails_half_way_leaves_nothing_of_itself(tmp_path: Path) -> None:
+    memory = AgentState(tmp_path / "s")
+    memory._run("ALTER TABLE ledger RENAME TO elsewhere")
+    with pytest.raises(StoreError, match="no such table"):
+        memory.put_in_outbox(offer(1))
+    assert memory.outbox() == {}
+    memory._run("ALTER TABLE elsewhere RENAME TO ledger")
+    memory.put_in_outbox(offer(1))
+    assert list(AgentState(tmp_path / "s").outbox()) == [1]
+
+
 def cut(path: Path) -> None:
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 2 + 100)

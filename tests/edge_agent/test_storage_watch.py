@@ -99,6 +99,18 @@ def test_a_small_write_that_fits_does_not_hide_a_large_one_that_does_not(
     asyncio.run(scenario())
 
 
+def test_a_disk_that_works_is_not_worth_a_word(monkeypatch, caplog) -> None:
+    caplog.set_level("INFO")
+
+    async def scenario() -> None:
+        watch = StorageWatch("d")
+        assert watch.attempt("receipt", lambda: None)
+        assert await watch.until_done("blobs", Disk(monkeypatch, 0).write) == "written"
+
+    asyncio.run(scenario())
+    assert events(caplog) == []
+
+
 def test_what_will_not_pass_is_not_tried_again(monkeypatch) -> None:
     async def scenario() -> None:
         disk = Disk(monkeypatch, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
 
@@ -24,4 +24,7 @@ def search(*, examples: int, steps: int, deep_examples: int, deep_steps: int) ->
         # A run of a whole fleet is slow and draws much, and is meant to.
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
         print_blob=True,
+        # To shrink takes minutes, and the suite's time limit would end it with nothing said.
+        phases=[phase for phase in Phase if (DEEP and not os.environ.get("NOSHRINK")) or phase not in (Phase.shrink, Phase.explain)],
+        report_multiple_bugs=False,
     )

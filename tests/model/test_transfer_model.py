@@ -130,6 +130,7 @@ class UploadModel(RuleBasedStateMachine):
         self.recorded: dict[tuple[int, str], bytes] = {}
         self.senders: list[Sender] = []
         self.broken: list[str] = []
+        self.made = 0
 
     @initialize(
         slots=st.integers(1, 3),
@@ -345,7 +346,8 @@ class UploadModel(RuleBasedStateMachine):
         elif what == "device" or not sender.receipted:
             self.loop.finish(sender.uploads.close())
             if what == "update":
-                sender.data = bytes_of(3, len(sender.data) + sender.data[0])
+                self.made += 1
+                sender.data = bytes_of(3, 100 + self.made)
                 sender.path.write_bytes(sender.data)
             self._start(sender)
             self.offers(sender)

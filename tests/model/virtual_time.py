@@ -15,10 +15,11 @@ import asyncio
 import contextvars
 import heapq
 import itertools
+import warnings
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +72,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self._wake_timers()
         handle = self._ready.popleft()
         if not handle.cancelled():
-            with self._running():
+            with self.running():
                 handle._run()
         if self._unhandled:
             raise self._unhandled.pop()
@@ -90,7 +91,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 
     def begin(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """The task of a coroutine, from outside of the loop."""
-        with self._running():
+        with self.running():
             return self.create_task(work)
 
     def finish(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -104,6 +105,16 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 
         Python would otherwise complain about each of them when it collects the garbage.
         """
+        with warnings.catch_warnings():
+            # What it still wanted to begin is never begun.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            self._cancel_all()
+        self._unhandled.clear()
+        # What still holds on would wait for ever; it is only told that nobody asks.
+        for task in self._tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined] -- asyncio's own flag
+
+    def _cancel_all(self) -> None:
         for _ in range(20):
             alive = [task for task in self._tasks if not task.done()]
             if not alive:
@@ -114,15 +125,14 @@ class VirtualLoop(asyncio.AbstractEventLoop):
                 lane.waiting.clear()
             while self._ready:
                 handle = self._ready.popleft()
-                if not handle.cancelled():
-                    with self._running():
+                # A task that ended with an exit lets it through to whoever waits for that task.
+                with self.running(), suppress(SystemExit):
+                    if not handle.cancelled():
                         handle._run()
-        # What still holds on would wait for ever; it is only told that nobody asks.
-        for task in self._tasks:
-            task._log_destroy_pending = False  # type: ignore[attr-defined] -- asyncio's own flag
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
+        """What runs here finds this loop when it asks for the running one."""
         outer = asyncio._get_running_loop()
         asyncio._set_running_loop(None)
         asyncio._set_running_loop(self)

@@ -8,7 +8,8 @@ asked again; the broker notices, and publishes its will.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from fedge.schemas.link.memory import MemoryBroker, MemoryLink
 from fedge.schemas.link.protocol import Will
@@ -16,12 +17,23 @@ from tests.model.virtual_time import VirtualLoop
 
 LATE_S = 1e-6
 """Timers go off so much late, so that whoever looks at the clock finds that it is time."""
-MOST_CALLBACKS = 300_000
+MOST_CALLBACKS = 30_000
 """Between two movements of the clock. More is a loop that feeds itself."""
 
 
+class Killed(SystemExit):
+    """kill -9 in the middle of a callback: asyncio lets this one through, and so does our code."""
+
+
 class Process:
-    """One life of a simulated process: its loop, and its sessions at the broker."""
+    """One life of a simulated process: its loop, and its sessions at the broker.
+
+    `steps_to_live`: durable steps until it is killed in the middle of one, None: it is not.
+    `disk_refuses`: whether its disk is full. `on_death`: called when it was killed.
+    """
+
+    steps_to_live: int | None = None
+    disk_refuses = False
 
     def __init__(self, world: World, *, offset_s: float = 0.0, work_s: float = 0.0) -> None:
         self._world = world
@@ -31,6 +43,7 @@ class Process:
         )
         self.links: list[MemoryLink] = []
         self.alive = True
+        self.on_death: Callable[[], None] = lambda: None
 
     def link(
         self, client_id: str, *, will: Will | None = None, receive_maximum: int = 32
@@ -50,6 +63,8 @@ class World:
         self._processes: list[Process] = []
         self._dead: list[Process] = []
         self._cut_off: set[str] = set()
+        self.running: Process | None = None
+        """Whose code runs now; None while it is the test's."""
 
     @property
     def now_s(self) -> float:
@@ -75,6 +90,7 @@ class World:
             self.broker.leave(link)
             if link.client_id not in self._cut_off:
                 self.broker.heal(link.client_id)
+        process.on_death()
 
     def cut_off(self, *client_ids: str) -> None:
         """These sessions lose their network."""
@@ -83,7 +99,7 @@ class World:
 
     def reconnect(self, *client_ids: str) -> None:
         """They have it again, all of them if none is named."""
-        healed = client_ids or tuple(self._cut_off)
+        healed = client_ids or tuple(sorted(self._cut_off))
         self._cut_off.difference_update(healed)
         self.broker.heal(*healed)
 
@@ -91,6 +107,17 @@ class World:
         """Lets go of every process."""
         for process in [*self._processes, *self._dead]:
             process.loop.bury()
+
+    @contextmanager
+    def as_process(self, process: Process) -> Iterator[None]:
+        """What runs here is the process's, and may be its end."""
+        self.running = process
+        try:
+            yield
+        except Killed:
+            self.kill(process)
+        finally:
+            self.running = None
 
     # ------------------------------------------------------------ time
 
@@ -101,7 +128,8 @@ class World:
             if not ready:
                 return
             process = ready[0] if len(ready) == 1 else self.rng.choice(ready)
-            process.loop.run_one()
+            with self.as_process(process):
+                process.loop.run_one()
         raise AssertionError(f"{MOST_CALLBACKS} callbacks, and the clock still stands")
 
     def pass_time(self, seconds: float) -> None:

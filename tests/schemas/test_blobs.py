@@ -178,3 +178,49 @@ def test_an_upload_ends_under_loss_repeats_disorder_and_corruption_within_its_wi
     sender.acknowledged(receiver.held)
     assert sender.complete
     assert list(sender.take()) == []
+
+
+@given(sets, st.integers(1, 80))
+def test_the_frontier_is_where_a_sender_in_order_comes_to(some, window):
+    count, present = some
+    held = ChunkSet(count, present)
+    ref = describe(bytes(count * CHUNK), CHUNK)
+    sender = BlobSender(ref, lambda _: b"")
+    sender.granted(window, held)
+    sent = [index for index, _ in sender.take()]
+    assert held.frontier(window) == (sent[-1] if sent else None)
+    assert held.first_missing() == (sent[0] if sent else None)
+
+
+@given(sets, st.data())
+def test_what_was_added_is_counted_beyond_a_chunk(some, data):
+    count, present = some
+    before = ChunkSet(count, present)
+    held = before.copy()
+    added = data.draw(st.sets(st.integers(0, count - 1)))
+    for index in added:
+        held.add(index)
+    chunk = data.draw(st.integers(0, count - 1))
+    assert held.added_beyond(chunk, before) == len({i for i in added - present if i > chunk})
+    assert before == ChunkSet(count, present)
+    assert held == before | ChunkSet(count, added)
+
+
+def test_a_grant_in_the_middle_of_sending_begins_anew_from_the_lowest_chunk():
+    sender = BlobSender(REF, CHUNKS.__getitem__)
+    sender.granted(8, ChunkSet(REF.chunk_count))
+    sending = sender.take()
+    assert [next(sending)[0] for _ in range(3)] == [0, 1, 2]
+    sender.granted(2, ChunkSet(REF.chunk_count, [1]))
+    # What was begun under the old grant ends: a chunk is missed only if a later one is there.
+    assert list(sending) == []
+    assert [index for index, _ in sender.take()] == [0, 2]
+
+
+def test_news_that_come_late_take_no_chunk_back():
+    sender = BlobSender(REF, CHUNKS.__getitem__)
+    sender.granted(3, ChunkSet(REF.chunk_count))
+    list(sender.take())
+    sender.acknowledged(ChunkSet(REF.chunk_count, [0, 1]))
+    sender.acknowledged(ChunkSet(REF.chunk_count, [0]))
+    assert [index for index, _ in sender.take()] == [3, 4]

@@ -130,3 +130,19 @@ def test_losses_by_silence_convict_nobody():
     for _ in range(10 * (BARREN_LOSSES + LONE_LOSSES)):
         assert len(send_all(outbox)) == 1
         assert outbox.lost(closed_by_peer=False) is None
+
+
+def test_what_expired_is_over_and_not_sent():
+    outbox = Outbox(8)
+    names = [outgoing(name) for name in "abc"]
+    names[0].expires_s = names[2].expires_s = 10.0
+    for each in names:
+        outbox.add(each)
+    assert outbox.next_to_send(9.9) is names[0]
+    assert outbox.next_to_send(10.0) is names[1]
+    assert names[0].done.done()
+    outbox.sent(1)
+    assert outbox.waits_for_answers
+    assert outbox.next_to_send(10.0) is None
+    assert names[2].done.done()
+    assert len(outbox) == 1

@@ -121,7 +121,7 @@ class PostgreSql:
             except BaseException:
                 transaction.rollback()
                 raise
-            self._commit(engine, transaction, mark)
+            self._commit(connection, transaction, mark)
 
     def serve(self, engine: Engine) -> None:
         """Takes the lock of the one that serves. Raises `ConfigError` if another has it."""
@@ -177,14 +177,16 @@ class PostgreSql:
             )
         return mark
 
-    def _commit(self, engine: Engine, transaction: RootTransaction, mark: str) -> None:
+    def _commit(self, connection: Connection, transaction: RootTransaction, mark: str) -> None:
         try:
             transaction.commit()
         except DBAPIError as error:
             if not _is_passing(error):
                 raise
-            # The answer was lost; the commit may have happened before that.
-            if not self._was_committed(engine, mark):
+            # The answer was lost; the commit may have happened before that. Nothing that this
+            # connection says from now on can be relied on.
+            connection.invalidate()
+            if not self._was_committed(connection.engine, mark):
                 raise
 
     def _was_committed(self, engine: Engine, mark: str) -> bool:

@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Connection, insert, select
 
@@ -83,8 +84,7 @@ def file_url(path: Path) -> str:
 def _copy_pages(database: Database, path: Path) -> None:
     # SQLite's online backup: one step of all pages, so that no writer makes it begin again.
     with database.read() as connection, closing(sqlite3.connect(path)) as target:
-        driver = connection.connection.driver_connection
-        assert isinstance(driver, sqlite3.Connection)
+        driver: Any = connection.connection.driver_connection
         with _sqlite_may_fail(f"write {path}"):
             driver.backup(target)
             target.execute("DELETE FROM facts WHERE name = ?", OF_THE_INSTANCE)

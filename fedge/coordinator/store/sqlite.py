@@ -27,10 +27,12 @@ BUSY_TIMEOUT_MS = 10_000
 """How long a writer waits for another process's transaction before it gives up."""
 WAL_LIMIT_BYTES = 16 * 1024 * 1024
 """A log above this is emptied after the next commit, if no reader needs it."""
-WAL_WAIT_MS = 100
-"""How long emptying the log waits for readers that still need it."""
-WAL_RETRY_S = 10.0
-"""After a reader did not let go in that time, the log grows for so long before the next attempt."""
+WAL_WAIT_MS = 50
+"""How long emptying the log waits for readers that still need it. Readers that overlap may keep it
+waiting however long that is; after another commit the next attempt finds them elsewhere."""
+WAL_ATTEMPTS = 5
+WAL_PAUSE_S = 10.0
+"""After so many attempts in vain, one reader does not let go: the log grows for so long."""
 
 _PASSING = frozenset(
     {
@@ -50,6 +52,7 @@ class Sqlite:
         self._wal = Path(f"{url.database}-wal")
         # The kernel drops this lock when its process ends, however it ends.
         self._backup_lock = Path(f"{url.database}-backup.lock")
+        self._attempts = 0
         self._empty_again_at = 0.0
         self._emptying = threading.Lock()
 
@@ -136,7 +139,9 @@ class Sqlite:
                 driver.execute(f"PRAGMA busy_timeout={WAL_WAIT_MS}")
                 busy = driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
                 driver.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
-                self._empty_again_at = time.monotonic() + WAL_RETRY_S if busy else 0.0
+                self._attempts = self._attempts + 1 if busy else 0
+                if self._attempts == WAL_ATTEMPTS:
+                    self._attempts, self._empty_again_at = 0, time.monotonic() + WAL_PAUSE_S
         finally:
             self._emptying.release()
 

@@ -250,6 +250,7 @@ class PahoLink:
                 if self._tries_another_protocol(trial, error):
                     self._drop_connection(lost)
                     continue
+            was_idle = not self._outbox.waits_for_answers
             self._drop_connection(lost)
             if self._closed:
                 return
@@ -258,7 +259,8 @@ class PahoLink:
             delay_s = self._backoff.next_delay_s(lasted_s)
             reason = lost.reason
             if lasted_s and lost.closed_by_peer and self._backoff.attempts >= RIVAL_LOSSES:
-                reason += f"; does another client use the id {self.settings.client_id!r}?"
+                reason += f"; does another client use the id {self.settings.client_id!r}"
+                reason += "?" if was_idle else ", or is a packet above the broker's limit?"
             log.warning(
                 "link_down client_id=%s reason=%r retry_in_s=%.2f",
                 self.settings.client_id,
@@ -300,7 +302,7 @@ class PahoLink:
         self, connection: Connection, protocol: MqttProtocol, accepted: Accepted
     ) -> None:
         self._protocol = protocol
-        self._limit.told(accepted.max_packet_bytes)
+        self._limit.connected(accepted.max_packet_bytes, session_present=accepted.session_present)
         if not accepted.session_present:
             self._granted.clear()
             self._revoked.clear()
@@ -351,13 +353,11 @@ class PahoLink:
         given_up = self._outbox.lost(closed_by_peer=lost.closed_by_peer)
         if given_up is not None:
             self._note_refused(given_up, lost)
-        else:
-            now_s = asyncio.get_running_loop().time()
-            self._limit.ended(while_idle=was_idle, now_s=now_s)
+        elif was_idle:
+            self._limit.ended_idle()
 
     def _note_refused(self, given_up: Outgoing, lost: Lost) -> None:
-        now_s = asyncio.get_running_loop().time()
-        size_bytes = self._limit.refused(given_up.topic, given_up.payload, now_s)
+        size_bytes = self._limit.refused(given_up.topic, given_up.payload)
         why = "it closes the connection whenever this is sent"
         log.error(
             "broker_limit client_id=%s packet_bytes=%d reason=%r",

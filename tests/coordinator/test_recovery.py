@@ -1,0 +1,105 @@
+"""What a restart makes of the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedge.coordinator.buffer import Flight
+from fedge.coordinator.over_selection import Delivery
+from fedge.coordinator.recovery import deliveries, flights_of, resumed_buffer, resumed_round
+from fedge.coordinator.rounds import Mode, Phase, RoundPolicy
+from fedge.coordinator.store import ParticipantStatus, RoundRecord, Store
+
+SYNC = RoundPolicy(goal=2, quorum=1, deadline_s=100.0, gather_s=10.0)
+ASYNC = RoundPolicy(
+    goal=2, quorum=1, deadline_s=100.0, mode=Mode.ASYNC, concurrency=3, max_staleness=2
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(tmp_path / "state", create=True) as opened:
+        yield opened
+
+
+def opened(store: Store, number: int, *, base: int = 0, mode: str = "sync", at: float = 1000.0):
+    record = RoundRecord(
+        number=number,
+        base=base,
+        goal=2,
+        quorum=1,
+        seed=1,
+        opened_at=at,
+        gather_until=at + 10,
+        mode=mode,
+    )
+    store.open_round(record)
+    return record
+
+
+def test_a_round_goes_on_with_the_time_that_is_left(store: Store) -> None:
+    opened(store, 1)
+    store.record_assignment(1, ["a", "b"], train_until=1100.0, at=1000.0)
+    (record,) = store.open_rounds()
+    state = resumed_round(store, record, SYNC, now=5.0, wall_now=1060.0, previous=None)
+    assert state.phase is Phase.TRAINING
+    assert state.cohort == {"a", "b"}
+    assert state.until == 45.0
+
+
+@pytest.mark.parametrize("set_back_s", [3600.0, 10 * 365 * 86400.0])
+def test_a_clock_that_was_set_back_prolongs_no_deadline(store: Store, set_back_s: float) -> None:
+    opened(store, 1, at=1e9)
+    store.record_assignment(1, ["a"], train_until=1e9 + 100, at=1e9)
+    (record,) = store.open_rounds()
+    wall_now = 1e9 - set_back_s
+    state = resumed_round(store, record, SYNC, now=0.0, wall_now=wall_now, previous=None)
+    assert state.until == SYNC.deadline_s
+
+
+def test_a_clock_that_was_set_forward_ends_the_wait_and_nothing_else(store: Store) -> None:
+    opened(store, 1)
+    store.record_assignment(1, ["a"], train_until=1100.0, at=1000.0)
+    (record,) = store.open_rounds()
+    state = resumed_round(store, record, SYNC, now=7.0, wall_now=9e9, previous=None)
+    assert state.until == 7.0
+    assert state.is_open
+
+
+def test_flights_go_on_unless_they_are_too_late_or_too_stale(store: Store) -> None:
+    opened(store, 1, base=0, mode="async")
+    store.record_asked(1, "stale", base=0, until=2000.0, at=1000.0)
+    store.record_asked(1, "good", base=1, until=2000.0, at=1000.0)
+    store.record_asked(1, "late", base=1, until=1400.0, at=1000.0)
+    flights = flights_of(store, 3, ASYNC, now=10.0, wall_now=1950.0)
+    assert flights == {(1, "good"): Flight(base=1, until=60.0)}
+    status = {p.device: p.status for p in store.participants(1)}
+    assert status["good"] is ParticipantStatus.ASKED
+    assert status["stale"] is status["late"] is ParticipantStatus.SILENT
+
+
+def test_a_coordinator_that_became_synchronous_lets_all_flights_go(store: Store) -> None:
+    opened(store, 1, mode="async")
+    store.record_asked(1, "a", base=0, until=2000.0, at=1000.0)
+    assert flights_of(store, 0, SYNC, now=0.0, wall_now=1001.0) == {}
+    assert store.in_flight() == ()
+
+
+def test_a_buffer_goes_on_with_what_is_in_it(store: Store) -> None:
+    record = opened(store, 4, base=3, mode="async")
+    store.record_asked(4, "a", base=3, until=2000.0, at=1000.0)
+    flights = {(4, "a"): Flight(3, 50.0)}
+    state = resumed_buffer(store, record, ASYNC, flights, now=10.0, wall_now=1030.0)
+    assert state.asked == {"a"}
+    assert state.flights == flights
+    assert state.until == 80.0
+
+
+def test_closed_rounds_show_who_delivers(store: Store) -> None:
+    opened(store, 1)
+    store.record_assignment(1, ["a", "b", "c"], train_until=1100.0, at=1000.0)
+    store.abandon_round(1, "for the test", at=1001.0)
+    assert list(deliveries(store.recent_rounds(10))) == [Delivery(3, 0, 2)]
