@@ -31,7 +31,7 @@ from fedge.coordinator.store import Store
 from fedge.schemas.link.broker import BrokerSettings
 from fedge.schemas.link.protocol import Delivery, Link, LinkUp
 
-CHUNK_BYTES = 60 * 1024
+CHUNK_BYTES = 58 * 1024
 MB = 1e6
 
 

@@ -103,7 +103,8 @@ class Course:
                 phase=RoundPhase.CLOSED,
                 oldest=min((asked_in for asked_in, _ in self._flights), default=None),
             )
-        gathering = state.phase is Phase.GATHERING
+        # A buffer takes devices for as long as it is open.
+        gathering = state.phase is Phase.GATHERING or isinstance(state, Buffer)
         invited = self._invitation(self.online_at_least(online))
         return RoundAnnouncement(
             round=state.number,

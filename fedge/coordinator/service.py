@@ -221,6 +221,7 @@ class Coordinator:
         if self._both_are_up():
             self._desk.heard_again(self._clock())
             self._to_publish.set()
+            self._timer_due.set()
 
     def _receive(self, delivery: Delivery) -> None:
         try:
@@ -332,7 +333,8 @@ class Coordinator:
     async def _keep_time(self) -> None:
         while True:
             times = [
-                self._desk.next_expiry(),
+                # While a link is down nobody is silent, and no slot can be given away.
+                self._desk.next_expiry() if self._both_are_up() else None,
                 self._conductor.next_deadline(),
                 self._presence.next_deadline,
             ]

@@ -35,6 +35,8 @@ TURN_SILENCES = 8
 """While others wait, no turn is longer than so many `silence_s`, even if chunks trickle in."""
 DISK_PAUSE_S = 5.0
 """How long nobody is asked for chunks after the disk refused one."""
+LINK_PAUSE_S = 1.0
+"""How long nothing is due after the link was found to be down."""
 SPARE_FILES = 64
 """Files kept open for devices that lost their slot and may still have chunks on their way."""
 
@@ -87,6 +89,7 @@ class UploadDesk:
         self._line: OrderedDict[str, Upload] = OrderedDict()
         self._sending: dict[str, Upload] = {}
         self._resting_until: float | None = None
+        self._not_before = 0.0
         self._least_told = self.credit.most
 
     def __len__(self) -> int:
@@ -228,8 +231,12 @@ class UploadDesk:
     # ------------------------------------------------------------ time
 
     def heard_again(self, now: float) -> None:
-        """The link was down: nobody was silent meanwhile, and what was on its way may be gone."""
+        """The link was down: nobody was silent meanwhile, and what was on its way may be gone.
+
+        Whoever calls this instead of `expired`, because it is down still, is called again later.
+        """
         self.credit.excuse()
+        self._not_before = now + LINK_PAUSE_S
         for _, turn in self._turns():
             turn.excuse(now)
 
@@ -260,13 +267,14 @@ class UploadDesk:
         """When `expired` should be called next: None while there is nothing to wait for."""
         turns = [turn for _, turn in self._turns()]
         if self._resting_until is not None:
-            return self._resting_until if turns or self._line else None
+            later = max(self._resting_until, self._not_before)
+            return later if turns or self._line else None
         times = [turn.doubt_at(self._silence_s) for turn in turns]
         if self._line:
             times += [self._turn_ends_at(turn) for turn in turns]
             if self._has_room():
-                # A dropped upload left its slot: at once.
-                times.append(0.0)
+                # A dropped upload left its slot: at once, but for a link that is down.
+                times.append(self._not_before)
         return min(times, default=None)
 
     # ------------------------------------------------------------ turns

@@ -308,13 +308,8 @@ def _is_ready(state: Agent, announcement: RoundAnnouncement) -> bool:
         and state.missing.version >= announcement.base
         and state.held != announcement.base
     )
-    return (
-        state.connected
-        and bool(state.examples)
-        and not state.resting
-        and state.work is None
-        and not base_is_missing
-    )
+    is_free = not state.resting and state.work is None
+    return state.connected and bool(state.examples) and is_free and not base_is_missing
 
 
 # ---------------------------------------------------------------- the assignment
@@ -346,14 +341,12 @@ def _taken_on(state: Agent, assignment: Assignment) -> Step:
         work = Work(assignment, Stage.TRAINING)
         return replace(known, work=work), (Train(assignment),)
     if state.missing is not None and state.missing.version == base:
-        said = SayTrainingFailed(number, state.missing.reason)
-        return known, (said,)
+        return known, (SayTrainingFailed(number, state.missing.reason),)
     if state.announced is not None and state.announced.number > base:
         if not _is_asynchronous(state):
             # Its round is over.
             return state, ()
-        said = SayTrainingFailed(number, _replaced(base, state.announced))
-        return known, (said,)
+        return known, (SayTrainingFailed(number, _replaced(base, state.announced)),)
     return replace(known, work=Work(assignment, Stage.WAITING)), ()
 
 

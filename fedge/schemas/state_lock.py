@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fedge.schemas.errors import ConfigError
+from fedge.schemas.errors import ConfigError, StoreUnavailable
 
 LOCK_FILE = "lock"
 
@@ -18,7 +20,7 @@ class StateLock:
 
     The kernel drops the lock when the process ends, however it ends: there is no stale lock to
     clear. Readers need none. `program`: what to call it in the error.
-    Raises `ConfigError` if another process holds it.
+    Raises `ConfigError` if another process holds it, `StoreUnavailable` if the disk refuses.
     """
 
     def __init__(self, state_dir: Path, program: str) -> None:
@@ -26,7 +28,9 @@ class StateLock:
         try:
             self._file = self.path.open("a+", encoding="ascii")
         except OSError as error:
-            raise ConfigError(f"cannot open the lock {self.path}: {error.strerror}") from error
+            passing = error.errno in (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO)
+            kind = StoreUnavailable if passing else ConfigError
+            raise kind(f"cannot open the lock {self.path}: {error.strerror}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -37,9 +41,11 @@ class StateLock:
                 f"another {program} (process {holder}) uses {state_dir}; stop it, or name "
                 "another state folder"
             ) from error
-        self._file.truncate(0)
-        self._file.write(f"{os.getpid()}\n")
-        self._file.flush()
+        # The number is for people: on a full disk the lock holds without it.
+        with contextlib.suppress(OSError):
+            self._file.truncate(0)
+            self._file.write(f"{os.getpid()}\n")
+            self._file.flush()
 
     @staticmethod
     def holder(state_dir: Path) -> int | None:

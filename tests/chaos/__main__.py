@@ -26,6 +26,8 @@ from tests.chaos.run import NotStarted, Options, after
 from tests.chaos.schedule import plan
 from tests.chaos.world import Pace
 
+SABOTAGES = ("count_twice", "leave_out", "answer_without_writing", "end_now_and_then")
+
 
 def main() -> int:
     """Parses, runs, prints; returns the exit status."""
@@ -62,7 +64,7 @@ def main() -> int:
         kinds,
         folder,
         with_disks,
-        Pace(mode=arguments.mode),
+        Pace(mode=arguments.mode, sabotage=arguments.sabotage),
     )
     try:
         report = asyncio.run(_run(options, faults))
@@ -109,6 +111,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--keep", metavar="FOLDER", help="keep every file there, in any case")
     parser.add_argument(
         "--only", metavar="KINDS", help="faults whose names begin so; -NAME leaves out; commas"
+    )
+    parser.add_argument(
+        "--sabotage", choices=SABOTAGES, help="a coordinator that breaks the promise: a test of it"
     )
     parser.add_argument("--list", action="store_true", help="print the schedule and end")
     return parser.parse_args()

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.chaos import sabotage
+from tests.chaos.__main__ import SABOTAGES
 from tests.chaos.catalogue import BY_NAME, FAULTS, chosen
 from tests.chaos.schedule import LAST_FAULT_BEFORE_END_S, plan, targets
 from tests.chaos.world import ROOT
@@ -65,3 +67,7 @@ def test_faults_are_chosen_by_the_beginnings_of_their_names():
     assert chosen(None) == FAULTS
     with pytest.raises(ValueError, match="no fault begins with 'earthquake'"):
         chosen("earthquake")
+
+
+def test_the_command_line_knows_every_sabotage():
+    assert set(SABOTAGES) == set(sabotage.KINDS)

@@ -43,14 +43,18 @@ PATIENT_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How the fleet's rounds go: short, so that many fit into a run. `mode`: sync or async."""
+    """How the fleet's rounds go: short, so that many fit into a run. `mode`: sync or async.
+
+    `sabotage`: see `sabotage`, None for an honest coordinator.
+    """
 
     mode: str = "sync"
     goal: int = 3
     quorum: int = 2
     gather_s: float = 2.0
-    deadline_s: float = 6.0
+    deadline_s: float = 10.0
     local_epochs: int = 24
+    sabotage: str | None = None
 
 
 @dataclass(slots=True)
@@ -65,7 +69,10 @@ class Trouble:
 
 @dataclass
 class World:
-    """See the top of this file. `disks`: empty where nothing may be mounted."""
+    """See the top of this file.
+
+    `disks`: empty where nothing may be mounted. `held`: processes that a fault has in its hands.
+    """
 
     folder: Path
     devices: tuple[str, ...]
@@ -81,6 +88,7 @@ class World:
     exits: list[Exit] = field(default_factory=list)
     stops: list[Stop] = field(default_factory=list)
     troubles: list[Trouble] = field(default_factory=list)
+    held: set[str] = field(default_factory=set)
     timeline: list[tuple[float, str]] = field(default_factory=list)
     made_s: float = field(default_factory=time.monotonic)
 
@@ -258,8 +266,11 @@ def _configure(made: World) -> None:
         "[uploads]\nslots = 2\nwindow = 2\nsilence_s = 2\n"
         f"[training]\nlocal_epochs = {pace.local_epochs}\n"
     )
+    coordinator = ("fedge.coordinator",)
+    if pace.sabotage is not None:
+        coordinator = ("tests.chaos.sabotage", pace.sabotage)
     commands = {
-        COORDINATOR: (*_PYTHON, "fedge.coordinator", "serve", "--config", "fedge.toml"),
+        COORDINATOR: (*_PYTHON, *coordinator, "serve", "--config", "fedge.toml"),
         BROKER: (MOSQUITTO or "mosquitto", "-c", str(folder / BROKER / "mosquitto.conf")),
     }
     write_broker_settings(folder / BROKER, made.broker_port, "default")

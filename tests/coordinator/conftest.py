@@ -22,7 +22,16 @@ def postgres() -> Iterator[PostgresServer]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A database without tables: a file in the state folder, then one on a real PostgreSQL."""
+    """A database without a row: a file in the state folder, then one on a real PostgreSQL."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'state' / 'fedge.sqlite'}"
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.used_database()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database without tables, of either kind."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'state' / 'fedge.sqlite'}"
     server: PostgresServer = request.getfixturevalue("postgres")

@@ -159,6 +159,9 @@ class LossyNetwork:
         due = self.desk.next_expiry()
         if due is not None and due <= self.now:
             self._hear(self.desk.expired(self.now))
+            later = self.desk.next_expiry()
+            # Whoever waits for it must not be woken for ever.
+            assert later is None or later > self.now
         self.most_on_their_way = max(self.most_on_their_way, self.desk.on_their_way)
         self.totals.append(self.desk.credit.total)
 

@@ -150,6 +150,7 @@ def test_a_backup_is_made_while_versions_are_made_and_collected(place, tmp_path)
         assert [v.number for v in store.versions() if v.files_kept] == [0, 1, 2, 1002]
 
 
+@pytest.mark.e2e
 def test_a_backup_is_one_moment_however_busy_the_coordinator_is(place, tmp_path):
     with fill(place) as store:
         store.abandon_round(3, "superseded", at=70.0)

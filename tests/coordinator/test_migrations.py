@@ -26,10 +26,10 @@ RELEASE_0_1_0 = Path(__file__).with_name("release_0_1_0.sql").read_text(encoding
 
 
 @pytest.fixture
-def old_url(database_url: str, tmp_path: Path) -> str:
+def old_url(empty_database_url: str, tmp_path: Path) -> str:
     """A database that the release 0.1.0 has made and filled."""
     (tmp_path / "state").mkdir()
-    engine = create_engine(database_url)
+    engine = create_engine(empty_database_url)
     with engine.begin() as connection:
         statements = [part.strip() for part in RELEASE_0_1_0.split(";\n")]
         # SQLite's words for three types; rows go after the tables that they refer to.
@@ -47,7 +47,7 @@ def old_url(database_url: str, tmp_path: Path) -> str:
         for statement in (*tables, *rows):
             connection.exec_driver_sql(statement.replace("%", "%%"))
     engine.dispose()
-    return database_url
+    return empty_database_url
 
 
 def as_postgresql(statement: str) -> str:
@@ -72,10 +72,10 @@ def revision(url: str) -> str | None:
     return found
 
 
-def test_the_migrations_make_exactly_the_tables_that_the_code_knows(database_url, tmp_path):
-    with Store.open(tmp_path / "state", database_url, create=True):
+def test_the_migrations_make_exactly_the_tables_that_the_code_knows(empty_database_url, tmp_path):
+    with Store.open(tmp_path / "state", empty_database_url, create=True):
         pass
-    check_equal_to_metadata(database_url)
+    check_equal_to_metadata(empty_database_url)
 
 
 def check_equal_to_metadata(url: str) -> None:
@@ -88,12 +88,12 @@ def check_equal_to_metadata(url: str) -> None:
     engine.dispose()
 
 
-def test_the_comparison_sees_a_difference(database_url, tmp_path):
-    Store.open(tmp_path / "state", database_url, create=True).close()
-    run(database_url, "DROP INDEX participants_by_counted_in")
-    run(database_url, "ALTER TABLE rounds DROP COLUMN mode")
+def test_the_comparison_sees_a_difference(empty_database_url, tmp_path):
+    Store.open(tmp_path / "state", empty_database_url, create=True).close()
+    run(empty_database_url, "DROP INDEX participants_by_counted_in")
+    run(empty_database_url, "ALTER TABLE rounds DROP COLUMN mode")
     with pytest.raises(AssertionError, match="participants_by_counted_in"):
-        check_equal_to_metadata(database_url)
+        check_equal_to_metadata(empty_database_url)
 
 
 def test_the_newest_migration_is_the_one_that_the_code_names():
@@ -136,22 +136,22 @@ def test_the_first_release_refuses_what_was_upgraded(old_url, tmp_path):
 
 @pytest.mark.parametrize("create", [True, False])
 def test_a_newer_database_is_refused_with_the_release_that_is_needed(
-    database_url, tmp_path, create
+    empty_database_url, tmp_path, create
 ):
-    Store.open(tmp_path / "state", database_url, create=True).close()
-    run(database_url, "UPDATE alembic_version SET version_num = '0999'")
-    run(database_url, "UPDATE facts SET value = '7.1.0' WHERE name = 'release'")
+    Store.open(tmp_path / "state", empty_database_url, create=True).close()
+    run(empty_database_url, "UPDATE alembic_version SET version_num = '0999'")
+    run(empty_database_url, "UPDATE facts SET value = '7.1.0' WHERE name = 'release'")
     with pytest.raises(ConfigError, match=rf"schema 0999.*{__version__}.*install fedge 7\.1\.0"):
-        Store.open(tmp_path / "state", database_url, create=create)
+        Store.open(tmp_path / "state", empty_database_url, create=create)
 
 
 @pytest.mark.parametrize("create", [True, False])
-def test_a_database_of_another_program_is_left_alone(database_url, tmp_path, create):
+def test_a_database_of_another_program_is_left_alone(empty_database_url, tmp_path, create):
     (tmp_path / "state").mkdir()
-    run(database_url, "CREATE TABLE alembic_version (version_num VARCHAR(32))")
-    run(database_url, "INSERT INTO alembic_version VALUES ('0002')")
+    run(empty_database_url, "CREATE TABLE alembic_version (version_num VARCHAR(32))")
+    run(empty_database_url, "INSERT INTO alembic_version VALUES ('0002')")
     with pytest.raises(ConfigError, match="another program"):
-        Store.open(tmp_path / "state", database_url, create=create)
+        Store.open(tmp_path / "state", empty_database_url, create=create)
 
 
 def test_an_unknown_version_of_the_first_kind_is_refused(tmp_path):

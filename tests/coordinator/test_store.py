@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -20,6 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from fedge.coordinator.settings import load
 from fedge.coordinator.store import (
     Contribution,
     DeviceSighting,
@@ -27,6 +29,7 @@ from fedge.coordinator.store import (
     ParticipantStatus,
     PlanRecord,
     Refusal,
+    Retention,
     RoundRecord,
     Store,
     VersionRecord,
@@ -349,6 +352,41 @@ def test_a_url_that_cannot_work_is_refused(url, said, tmp_path):
         Store.open(tmp_path, url, create=True)
 
 
+CONFIGURATION = 'population = "kitchen"\ntask = "digits"\nstate_dir = "state"\n[store]\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('database = "postgresql://fedge:secret@host/db"', "password never stands"),
+        ('database = "postgresql://fedge@host/db?password=secret"', "password never stands"),
+        ('blobs = "sftp://fedge:secret@host/blobs"', "password never stands"),
+        ('database = "sqlite:///elsewhere.sqlite"', "postgresql+psycopg://"),
+        ('database = "mysql://host/db"', "postgresql+psycopg://"),
+        ('blobs = "/mnt/blobs"', "file:///mnt/folder"),
+        ("[retention]\nversions = 1", "greater than or equal to 2"),
+        ("[retention]\nrounds = 0", "greater than or equal to 1"),
+    ],
+)
+def test_a_place_that_cannot_be_used_is_refused_with_the_way_out(tmp_path, line, said):
+    path = tmp_path / "fedge.toml"
+    path.write_text(CONFIGURATION + line)
+    with pytest.raises(ConfigError, match=re.escape(said)) as refused:
+        load(path)
+    assert "secret" not in str(refused.value)
+
+
+def test_places_and_retention_are_read_from_the_configuration(tmp_path):
+    path = tmp_path / "fedge.toml"
+    url = "postgresql+psycopg://fedge@host/db"
+    path.write_text(
+        f'{CONFIGURATION}database = "{url}"\nblobs = "s3://a/b"\n[retention]\nversions = 3\n'
+    )
+    settings = load(path)
+    assert (settings.store.database, settings.store.blobs) == (url, "s3://a/b")
+    assert settings.retention.wish == Retention(versions=3)
+
+
 def test_the_database_may_lie_elsewhere(tmp_path):
     url = f"sqlite:///{tmp_path / 'elsewhere.sqlite'}"
     with Store.open(tmp_path / "state", url, create=True) as store:
@@ -583,12 +621,12 @@ class RoundModel(RuleBasedStateMachine):
 def check_any_order(machine, request, kind):
     """Runs a state machine over new databases of one kind."""
     new_url = (
-        request.getfixturevalue("postgres").new_database if kind == "postgresql" else lambda: None
+        request.getfixturevalue("postgres").used_database if kind == "postgresql" else lambda: None
     )
     run_state_machine_as_test(
         lambda: machine(new_url),
         settings=settings(
-            max_examples=15 if kind == "sqlite" else 6,
+            max_examples=12 if kind == "sqlite" else 4,
             stateful_step_count=20,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow],

@@ -41,7 +41,7 @@ def where(tmp_path: Path, database_url: str) -> tuple[Path, str]:
 
 @pytest.fixture
 def on_postgres(tmp_path: Path, postgres: PostgresServer) -> tuple[Path, str]:
-    return tmp_path / "state", postgres.new_database()
+    return tmp_path / "state", postgres.used_database()
 
 
 # ---------------------------------------------------------------- many at once
@@ -295,6 +295,7 @@ def own_server() -> Iterator[PostgresServer]:
         yield server
 
 
+@pytest.mark.e2e
 def test_a_server_that_was_away_is_used_again_when_it_is_back(tmp_path, own_server):
     with filled((tmp_path, own_server.new_database())) as store:
         assert store.record_accepted(1, "pi-1", contribution("first"), at=50.0) is True
@@ -391,6 +392,7 @@ def test_a_commit_whose_answer_was_lost_is_settled(on_postgres, postgres, commit
         assert store.record_accepted(1, "pi-1", contribution(), at=51.0) is not committed
 
 
+@pytest.mark.e2e
 def test_a_commit_that_nobody_can_tell_of_is_not_said_to_have_failed(
     tmp_path, own_server, monkeypatch
 ):
@@ -405,6 +407,23 @@ def test_a_commit_that_nobody_can_tell_of_is_not_said_to_have_failed(
             store.record_accepted(1, "pi-1", contribution(), at=50.0)
         # Not "nothing was changed": who hears this starts again and reads what is there.
         assert not isinstance(refused.value, StoreUnavailable)
+
+
+def test_a_database_may_hold_a_state_in_each_of_its_schemas(tmp_path, postgres):
+    url = postgres.new_database()
+    for name in ("first", "second"):
+        postgres.run(f"CREATE SCHEMA {name}", url.rpartition("/")[2])
+    places = [
+        (tmp_path / name, f"{url}?options=-csearch_path%3D{name}") for name in ("first", "second")
+    ]
+    with filled(places[0]) as first, filled(places[1]) as second:
+        first.bind_population("kitchen")
+        second.bind_population("garden")
+        assert first.record_accepted(1, "pi-1", contribution(), at=50.0) is True
+        assert second.accepted_in(1) == ()
+        # Neither waits for the other's writers.
+        with first.database.write():
+            assert second.record_accepted(1, "pi-1", contribution(), at=50.0) is True
 
 
 def test_a_rollback_by_another_process_is_written_beside_the_coordinator(on_postgres):

@@ -154,6 +154,21 @@ def test_a_slot_that_cannot_be_used_for_want_of_disk_is_used_later(
     assert len(desk) == 1
 
 
+def test_a_full_disk_and_a_link_that_is_down_make_no_busy_timer(
+    tmp_path: Path, disk: FullDisk
+) -> None:
+    desk = UploadDesk(tmp_path, slots=1, window=4)
+    data = data_of("a", 3)
+    desk.offered("a", offer_of(data), 0.0)
+    disk.full = True
+    with pytest.raises(StoreUnavailable):
+        sender(desk, "a", data)(0, 1.0)
+    desk.heard_again(100.0)
+    due = desk.next_expiry()
+    assert due is not None
+    assert due > 100.0
+
+
 def test_dropping_and_taking_work_on_a_disk_that_lets_nothing_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,20 @@ def test_a_device_that_trickles_gives_way_after_some_time_if_others_wait(tmp_pat
     assert len(ChunkSet.decode(grant.held, 30)) == 9
 
 
+def test_while_the_link_is_down_nothing_is_due_at_once(tmp_path: Path) -> None:
+    desk = UploadDesk(tmp_path, slots=1, window=4, silence_s=10)
+    for name in "abc":
+        desk.offered(name, offer_of(data_of(name, 2)), 0.0)
+    desk.drop("a")
+    assert desk.next_expiry() == 0.0
+    for now in (50.0, 60.0):
+        desk.heard_again(now)
+        due = desk.next_expiry()
+        assert due is not None
+        assert due > now
+    assert granted(desk.expired(61.0)) == ["b"]
+
+
 def test_replacing_an_offer_means_to_wait_anew(tmp_path: Path) -> None:
     desk = UploadDesk(tmp_path, slots=1, window=4)
     for name in "abc":

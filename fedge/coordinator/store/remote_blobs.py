@@ -100,6 +100,12 @@ class RemoteBlobs(Blobs):
                 return size_bytes, math.inf
         return self._describe_file(self._cache.path(digest))
 
+    def sweep(self) -> None:
+        """Removes temporary files that a crash left, here and in a mounted folder."""
+        super().sweep()
+        if self._synced is not None:
+            self._synced.sweep()
+
     def verify(self, digest: Digest) -> None:
         """Raises `StoreError` unless the blob in the other place is what its name says."""
         self._fetch(digest)

@@ -16,6 +16,9 @@ from sqlalchemy import Connection, select, text
 from fedge import __version__
 from fedge.coordinator.store.tables import facts
 from fedge.schemas.errors import ConfigError
+from fedge.schemas.logs import EventLog
+
+log = EventLog(__name__)
 
 HEAD = "0002"
 """The newest migration. A test compares it with the files."""
@@ -78,6 +81,8 @@ def upgrade(connection: Connection) -> None:
     command.upgrade(config, "head")
     connection.execute(facts.delete().where(facts.c.name == "release"))
     connection.execute(facts.insert().values(name="release", value=__version__))
+    if revision is not None:
+        log.info("schema_upgraded", before=revision, now=HEAD)
 
 
 def _migrations() -> frozenset[str]:
