@@ -53,6 +53,7 @@ class Surroundings:
 
     `tell`: sends a message to one device, soon. `start`: runs work beside everything else.
     `publish`: has the newest version and the round announced, soon; a next round is opened then.
+    `publish_again`: the same, also what was announced before and may have been lost.
     `wake`: the time of the next deadline may have changed. `online`: the devices that are
     connected now. `clock`: monotonic seconds; `wall_clock`: seconds since the epoch.
     """
@@ -60,6 +61,7 @@ class Surroundings:
     tell: Callable[[str, Message], None]
     start: Callable[[Coroutine[Any, Any, Any], str], None]
     publish: Callable[[], None]
+    publish_again: Callable[[], None]
     wake: Callable[[], None]
     online: Callable[[], frozenset[str]]
     clock: Callable[[], float]
@@ -124,8 +126,15 @@ class Conductor:
         online = len(self._around.online())
         return self._course.announcement(self._succession.newest.number, online)
 
+    @property
+    def waits_for_devices(self) -> bool:
+        """Whether the round only goes on when a device speaks, and nobody is known to be at it."""
+        return self._course.waits_for_devices(self._around.clock())
+
     def next_deadline(self) -> float | None:
         """When `time_passed` should be called, in `clock` seconds."""
+        if self._course.round is None:
+            return self._rests_until or None
         return self._course.next_deadline(self._around.clock())
 
     # ------------------------------------------------------------ what happens
@@ -171,6 +180,10 @@ class Conductor:
 
     def time_passed(self) -> None:
         """The clock reached the next deadline, or the coordinator has just started."""
+        if self._course.round is None and 0 < self._rests_until <= self._around.clock():
+            self._rests_until = 0.0
+            # Perhaps the last one failed because devices never heard of its version.
+            self._around.publish_again()
         self._feed(rounds.TimePassed(self._online_count()))
 
     def reject(self, device: str, offer: messages.Offer, error: PeerError) -> None:
@@ -420,6 +433,8 @@ class Conductor:
                 self._around.tell(device, messages.Abort(round=asked_in, reason=reason))
             else:
                 self._around.tell(device, rejected_receipt(dropped, PeerError(reason, "")))
+        # Slots may be free now.
+        self._around.wake()
         if self._course.policy.mode is Mode.ASYNC:
             at = self._around.wall_clock()
             self._around.start(
@@ -493,9 +508,8 @@ class Conductor:
         rest_s = min(LONGEST_REST_S, 2.0 ** min(self._abandoned_in_a_row - 1, 16))
         self._rests_until = self._around.clock() + rest_s
         await self._end_round(state)
+        self._around.wake()
         await self.adopt_newest()
-        await asyncio.sleep(rest_s)
-        self._around.publish()
 
     async def _end_round(self, state: AnyRound) -> None:
         asked_before = self._course.devices_to_ask

@@ -52,6 +52,7 @@ class Course:
         self._flights: Mapping[Key, Flight] = {}
         self._claims: dict[str, int] = {}
         self._belief = OverSelection()
+        self._interrupted = False
         self.round: AnyRound | None = None
         self.last_number = 0
 
@@ -132,6 +133,13 @@ class Course:
         waits = state.phase is Phase.GATHERING and now >= state.until
         return None if waits else state.until
 
+    def waits_for_devices(self, now: float) -> bool:
+        """Whether the round only goes on when a device speaks, and nobody is known to be at it."""
+        state = self.round
+        if isinstance(state, Buffer):
+            return state.is_open and not state.flights
+        return state is not None and state.phase is Phase.GATHERING and now >= state.until
+
     def rounds_with_files(self) -> set[int]:
         """The rounds whose uploads are still wanted: the open one's, and those in flight."""
         kept = {asked_in for asked_in, _ in self.flights}
@@ -161,14 +169,19 @@ class Course:
             self._belief = learned(self._belief, delivery, self.policy.over_selection)
 
     def resume(self, state: AnyRound) -> None:
-        """Goes on with a round that the store says is open."""
+        """Goes on with a round that the store says is open.
+
+        It shows nothing about who delivers: nobody could, while the coordinator was away.
+        """
         self.round = state
+        self._interrupted = True
 
     def begin(
         self, number: int, base: int, *, seed: int, previous: str | None, now: float
     ) -> Sequence[rounds.Command]:
         """Opens a round. `previous`: the device that the last cyclic round visited."""
         self.last_number = number
+        self._interrupted = False
         commands: Sequence[rounds.Command] = ()
         if self.policy.mode is Mode.ASYNC:
             self.round, commands = buffer.open_buffer(
@@ -212,7 +225,8 @@ class Course:
         if isinstance(state, Buffer):
             self._flights = state.flights
         elif state is not None:
-            if state.cohort and self.policy.strategy is not Strategy.CYCLIC:
+            cyclic = self.policy.strategy is Strategy.CYCLIC
+            if state.cohort and not cyclic and not self._interrupted:
                 seen = Delivery(len(state.cohort), len(state.accepted), self.policy.goal)
                 self._belief = learned(self._belief, seen, self.policy.over_selection)
             self._claims.clear()

@@ -22,6 +22,9 @@ from fedge.schemas.topics import Topics
 
 log = EventLog(__name__)
 
+ROLL_EXPIRY_S = 60.0
+"""A roll is called for those who are there now."""
+
 
 def announcement_of(version: VersionRecord, plan: BlobRef) -> VersionAnnouncement:
     """What devices are told of a version."""
@@ -61,6 +64,10 @@ class Publisher:
         self._announced.clear()
         self._generation += 1
 
+    def say_again(self) -> None:
+        """Announcements may have been lost on their way: publish them when they are next made."""
+        self._announced.clear()
+
     async def announce(self, message: Message) -> None:
         """Replaces the retained announcement of this kind, unless it says the same already."""
         kind = type(message)
@@ -75,7 +82,8 @@ class Publisher:
     async def call_roll(self, spread_s: float) -> None:
         """Asks every connected device to say that it is there."""
         roll = RollCall(spread_s=spread_s)
-        await self._control.publish(self._topics.announcement(RollCall), encode(roll))
+        topic = self._topics.announcement(RollCall)
+        await self._control.publish(topic, encode(roll), expiry_s=ROLL_EXPIRY_S)
 
     async def seed(self, refs: Iterable[BlobRef]) -> None:
         """Publishes every chunk of the blobs that this connection has not seen yet.

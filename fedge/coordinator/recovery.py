@@ -14,6 +14,10 @@ from fedge.coordinator.rounds import Mode, Phase, Round, RoundPolicy
 from fedge.coordinator.store import ParticipantStatus, RoundRecord, RoundSummary, Store
 from fedge.schemas.messages import RoundPhase
 
+GRACE_S = 15.0
+"""A deadline that passed while the coordinator was away is put off by so much: devices have their
+updates ready, and need a moment to hear of it. Never beyond a whole deadline."""
+
 
 def resumed_round(
     store: Store,
@@ -39,7 +43,7 @@ def resumed_round(
         number=record.number,
         base=record.base,
         seed=record.seed,
-        until=now + _left(until, wall_now, longest),
+        until=now + _left(until, wall_now, longest, grace_s=GRACE_S if training else 0.0),
         phase=Phase.TRAINING if training else Phase.GATHERING,
         cohort=frozenset(p.device for p in participants),
         accepted=frozenset(accepted),
@@ -62,7 +66,8 @@ def resumed_buffer(
         number=record.number,
         base=record.base,
         seed=record.seed,
-        until=now + _left(record.opened_at + policy.deadline_s, wall_now, policy.deadline_s),
+        until=now
+        + _left(record.opened_at + policy.deadline_s, wall_now, policy.deadline_s, grace_s=GRACE_S),
         asked=frozenset(p.device for p in store.participants(record.number)),
         flights=flights,
         accepted=frozenset((p.round, p.device) for p in store.accepted_in(record.number)),
@@ -79,11 +84,12 @@ def flights_of(
     wanted: dict[Key, Flight] = {}
     given_up: dict[int, list[str]] = {}
     for p in store.in_flight():
-        left_s = _left(p.until, wall_now, policy.deadline_s)
+        late = (p.until or 0.0) + GRACE_S < wall_now
         fresh = p.base is not None and newest - p.base <= policy.max_staleness
-        if p.base is None or not fresh or left_s <= 0 or policy.mode is not Mode.ASYNC:
+        if p.base is None or not fresh or late or policy.mode is not Mode.ASYNC:
             given_up.setdefault(p.round, []).append(p.device)
         else:
+            left_s = _left(p.until, wall_now, policy.deadline_s, grace_s=GRACE_S)
             wanted[(p.round, p.device)] = Flight(p.base, now + left_s)
     for asked_in, devices in given_up.items():
         store.silence(asked_in, devices, at=wall_now)
@@ -105,5 +111,5 @@ def last_visited(store: Store, number: int) -> str | None:
     return None
 
 
-def _left(until: float | None, wall_now: float, longest_s: float) -> float:
-    return min(longest_s, max(0.0, (until or 0.0) - wall_now))
+def _left(until: float | None, wall_now: float, longest_s: float, *, grace_s: float) -> float:
+    return min(longest_s, max(grace_s, (until or 0.0) - wall_now))

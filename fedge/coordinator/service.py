@@ -36,6 +36,7 @@ from fedge.schemas.errors import (
     LinkError,
     PeerError,
     RejectReason,
+    StoreError,
     StoreUnavailable,
 )
 from fedge.schemas.link.protocol import Delivery, Link, LinkDown, LinkUp
@@ -46,8 +47,12 @@ from fedge.schemas.topics import Address, Channel, Topics
 
 log = EventLog(__name__)
 
+FIRST_REMINDER_S = 60.0
+LAST_REMINDER_S = 3600.0
+"""A round that waits for devices is announced again after a minute, then ever more rarely."""
 PUBLISH_AGAIN_S = 5.0
-"""What could not be published because the disk refused is tried again after so long."""
+REFUSED_AGAIN_S = 60.0
+"""What could not be published because the disk, or the broker, refused is tried again then."""
 
 if TYPE_CHECKING:
     from fedge.coordinator.evaluation import Evaluation  # loads onnxruntime
@@ -156,6 +161,7 @@ class Coordinator:
                 tell=self._postbox.send,
                 start=self._start,
                 publish=self._to_publish.set,
+                publish_again=self._publish_again,
                 wake=self._timer_due.set,
                 online=lambda: self._presence.online,
                 clock=clock,
@@ -184,6 +190,7 @@ class Coordinator:
                     (self._finish_uploads(), "finish"),
                     (self._journal.keep(), "journal"),
                     (self._keep_looking(), "look-again"),
+                    (self._keep_reminding(), "remind"),
                 ):
                     self._group.create_task(work, name=name)
                 self._conductor.take_up()
@@ -309,6 +316,7 @@ class Coordinator:
             address.device, address.sha256, address.chunk, payload, self._clock()
         )
         self._tell_all(replies)
+        self._timer_due.set()
         if complete is not None:
             self._complete.put_nowait(complete)
 
@@ -366,14 +374,31 @@ class Coordinator:
             except LinkClosed:
                 raise
             except LinkError as error:
-                # The next connection tries again; what is wrong until then is the operator's.
                 log.error("not_published", reason=str(error))
+                self._start(self._publish_later(REFUSED_AGAIN_S), "publish-later")
             except StoreUnavailable as error:
                 log.error("not_published", reason=str(error))
-                self._start(self._publish_later(), "publish-later")
+                self._start(self._publish_later(PUBLISH_AGAIN_S), "publish-later")
 
-    async def _publish_later(self) -> None:
-        await asyncio.sleep(PUBLISH_AGAIN_S)
+    async def _keep_reminding(self) -> None:
+        """A broker may drop an announcement, or all answers to it, and nobody would ever know."""
+        round_number, wait_s = None, FIRST_REMINDER_S
+        while True:
+            await asyncio.sleep(wait_s)
+            if not self._conductor.waits_for_devices:
+                round_number, wait_s = None, FIRST_REMINDER_S
+                continue
+            again = round_number == self._conductor.round_number
+            wait_s = min(LAST_REMINDER_S, 2 * wait_s) if again else FIRST_REMINDER_S
+            round_number = self._conductor.round_number
+            self._publish_again()
+
+    def _publish_again(self) -> None:
+        self._publisher.say_again()
+        self._to_publish.set()
+
+    async def _publish_later(self, wait_s: float) -> None:
+        await asyncio.sleep(wait_s)
         self._to_publish.set()
 
     def _both_are_up(self) -> bool:
@@ -382,6 +407,7 @@ class Coordinator:
     async def _publish(self) -> None:
         """The newest version, then the round: the next one is opened if there is none."""
         version = self._succession.newest
+        self._check_broker_limit()
         await self._distribution.bring(version)
         fresh = version.number != self._published
         await self._publisher.announce(announcement_of(version, self._plan.ref))
@@ -400,6 +426,17 @@ class Coordinator:
         if fresh:
             self._after_publishing(version)
 
+    def _check_broker_limit(self) -> None:
+        limit_bytes, chunk_bytes = self._bulk.max_payload_bytes, self._plan.ref.chunk_bytes
+        if limit_bytes < chunk_bytes:
+            log.error(
+                "broker_limit",
+                limit_bytes=limit_bytes,
+                chunk_bytes=chunk_bytes,
+                advice="raise the broker's max_packet_size, or serve a new population with a "
+                "smaller chunk_bytes",
+            )
+
     def _after_publishing(self, version: VersionRecord) -> None:
         due = version.number % self._evaluate_every == 0
         if self._evaluate is not None and due and "loss" not in version.metrics:
@@ -410,9 +447,14 @@ class Coordinator:
         await self._distribution.clear_before(newest)
         if self._retention is not None:
             retention = self._retention
-            collected = await self._workers.measure(
-                lambda: self._store.collect(retention, now=self._wall_clock())
-            )
+            try:
+                collected = await self._workers.measure(
+                    lambda: self._store.collect(retention, now=self._wall_clock())
+                )
+            except StoreError as error:
+                # Nobody waits for it, and the next version's turn tries again.
+                log.error("not_collected", reason=str(error))
+                return
             if collected.bytes_freed:
                 log.info("collected", **asdict(collected))
 

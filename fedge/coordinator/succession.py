@@ -65,7 +65,7 @@ class Succession:
 
         Its weights are not taken up yet: see `take_up`. None if there is none.
         """
-        found = await self._workers.durable(self._store.newest_version)
+        found = await self._workers.insist(self._store.newest_version)
         if found is None or found.number <= self.newest.number:
             return None
         # Before anything else is awaited: no update to the old version may close its round now.
@@ -74,7 +74,7 @@ class Succession:
 
     async def take_up(self, version: VersionRecord) -> None:
         """Continues from the weights of a version that `overtaken` found."""
-        await self._workers.compute(lambda: self._maker.adopt(version))
+        await self._workers.insist(lambda: self._maker.adopt(version), on_compute=True)
         log.info("version_adopted", version=version.number, note=version.note)
 
     def measured(self, version: VersionRecord) -> None:

@@ -49,7 +49,9 @@ class VersionMaker:
         self._optimizer = optimizer
         self._weights = initial
         self._weighting = weighting
+        self._weights_of = 0
         self._made: Tensors = {}
+        self._made_number = 0
 
     def make_first(self, now: float) -> VersionRecord:
         """Version 0, of the initial weights. Raises `ParityFailed` if they fail the gate."""
@@ -65,6 +67,7 @@ class VersionMaker:
         self._weights = read_tensors(
             self._blobs.path(version.weights.sha256), self._manifest.weight_specs
         )
+        self._weights_of = version.number
 
     def make_next(
         self,
@@ -78,10 +81,13 @@ class VersionMaker:
         Raises `ParityFailed` if the export fails the gate, `PeerError` for a damaged update,
         `ValueError` if there are no updates.
         """
+        if self._weights_of != base.number:
+            # A rollback that was seen and not taken up yet: its weights are the base, not ours.
+            self.adopt(base)
         mean = aggregate(updates, self._manifest.update_specs, weighting=self._weighting)
         weights, state = self._optimizer.apply(self._weights, mean, self._server_state(base))
         del mean
-        self._made = weights
+        self._made, self._made_number = weights, base.number + 1
         return self._store(
             base.number + 1,
             weights,
@@ -94,6 +100,7 @@ class VersionMaker:
     def commit(self) -> None:
         """Continues from the version that was made last: it is recorded now."""
         self._weights, self._made = self._made, {}
+        self._weights_of = self._made_number
 
     def _server_state(self, base: VersionRecord) -> Mapping[str, Array]:
         if base.server_state is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -16,7 +17,7 @@ log = EventLog(__name__)
 T = TypeVar("T")
 
 FIRST_WAIT_S = 1.0
-LONGEST_WAIT_S = 30.0
+LONGEST_WAIT_S = 10.0
 SAY_AGAIN_S = 60.0
 """While the storage cannot be used, it is said so often."""
 
@@ -65,6 +66,7 @@ class Workers:
 
     def __init__(self) -> None:
         self.storage = StorageWatch()
+        self._worked = asyncio.Event()
         self._durable = ThreadPoolExecutor(1, thread_name_prefix="durable")
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._measure = ThreadPoolExecutor(1, thread_name_prefix="measure")
@@ -80,6 +82,7 @@ class Workers:
             self.storage.failed(error)
             raise
         self.storage.worked()
+        self._worked.set()
         return result
 
     async def compute(self, work: Callable[[], T]) -> T:
@@ -104,7 +107,11 @@ class Workers:
                 return await self.compute(work)
             except StoreUnavailable as error:
                 self.storage.failed(error)
-            await asyncio.sleep(wait_s)
+            # What somebody else could write, this may be able to write, too.
+            self._worked.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._worked.wait()
             wait_s = min(LONGEST_WAIT_S, 2 * wait_s)
 
     def close(self) -> None:

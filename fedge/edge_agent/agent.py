@@ -51,6 +51,9 @@ from fedge.schemas.topics import Address, Channel, Topics
 
 log = EventLog(__name__)
 
+CHECKIN_EXPIRY_S = 3600.0
+"""A check-in that the broker still has after so long is delivered to nobody."""
+
 COUNT_TRIES = 3
 """For a training process that is killed while it counts the examples."""
 
@@ -123,6 +126,7 @@ class EdgeAgent:
             storage=self._storage,
             rng=rng,
             connected=lambda: self._control.connected,
+            fitting=self._uploads.fitting,
             send=self._send,
             feed=self._feed,
         )
@@ -178,7 +182,7 @@ class EdgeAgent:
             announced=held,
             held=None if held is None else held.number,
             active=None if active is None else active.version,
-            assigned=max(waiting, default=0),
+            assigned=max([*waiting, self._memory.newest_round()]),
             outbox=waiting,
         )
 
@@ -358,7 +362,9 @@ class EdgeAgent:
 
     async def _send(self, message: Message) -> None:
         topic = self._topics.up(self._device, type(message))
-        await self._control.publish(topic, messages.encode(message))
+        # A round may be over in an hour; an offer or a report is of use however late.
+        expiry_s = CHECKIN_EXPIRY_S if isinstance(message, messages.Checkin) else None
+        await self._control.publish(topic, messages.encode(message), expiry_s=expiry_s)
 
     def _start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         return self._group.create_task(self._carried(work, name), name=f"{name}-{self._device}")

@@ -10,6 +10,7 @@ twice, late or in another order; every handler below is harmless when repeated.
     none                Assigned, base is here      TRAINING: train
     none                Assigned, base is missing   WAITING: the version is being fetched
     none                Assigned, round not wanted  nothing: the coordinator has moved on
+    none                Assigned, was answered      say that no other update will come
     WAITING             Fetched, the base           TRAINING: train
     WAITING             FetchFailed, the base       none: say that no update will come
     TRAINING            Assigned again              nothing: it is under way
@@ -323,6 +324,9 @@ def _assigned(state: Agent, assignment: Assignment) -> Step:
         return state, ()
     if state.round is not None and number < state.round.oldest_wanted:
         return state, ()
+    if number <= state.assigned:
+        # It was answered, or given up: one contribution to a round, whoever asks again.
+        return state, (SayTrainingFailed(number, "this device has answered in this round before"),)
     commands: list[Command] = []
     if state.work is not None:
         before = state.work.assignment.round

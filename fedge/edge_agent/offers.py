@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 from fedge.edge_agent.events import Event, UpdateLost
 from fedge.edge_agent.outbox import Outbox
 from fedge.edge_agent.storage_watch import StorageWatch
-from fedge.schemas.errors import StoreUnavailable
+from fedge.schemas.blobs import BlobRef
+from fedge.schemas.errors import PayloadTooLarge, StoreUnavailable
 from fedge.schemas.ids import new_message_id
 from fedge.schemas.logs import EventLog
 from fedge.schemas.messages import Offer
@@ -28,7 +30,8 @@ OFFER_AGAIN_S = 30.0
 class Offers:
     """The offers of `device`. `send`: returns when the broker has it. `rng`: jitter.
 
-    `connected`: whether there is somebody to offer to. `feed`: takes `UpdateLost`.
+    `fitting`: see `Uploads.fitting`. `connected`: whether there is somebody to offer to.
+    `feed`: takes `UpdateLost`.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Offers:
         storage: StorageWatch,
         rng: random.Random,
         connected: Callable[[], bool],
+        fitting: Callable[[BlobRef, Path], Awaitable[BlobRef]],
         send: Callable[[Offer], Awaitable[None]],
         feed: Callable[[Event], None],
     ) -> None:
@@ -47,6 +51,7 @@ class Offers:
         self._storage = storage
         self._rng = rng
         self._connected = connected
+        self._fitting = fitting
         self._send = send
         self._feed = feed
         # What was kept by an earlier life is read before its first offer in this one.
@@ -70,9 +75,27 @@ class Offers:
         is_due = times > 1 and times & (times - 1) == 0
         if (is_due or self._outbox.is_cut_short(number)) and await self._is_lost(number):
             return
-        offer = self._outbox.offer(number)
+        offer = await self._cut_to_fit(number)
         if offer is not None:
             await self._send(offer.model_copy(update={"id": new_message_id()}))
+
+    async def _cut_to_fit(self, number: int) -> Offer | None:
+        """The offer in chunks that the broker takes; None if it cannot be made now."""
+        offer = self._outbox.offer(number)
+        if offer is None:
+            return None
+        try:
+            update = await self._fitting(offer.update, self._outbox.path(number))
+        except PayloadTooLarge as error:
+            log.error("update_not_sent", device=self._device, round=number, reason=str(error))
+            return None
+        except OSError:
+            # Whether it is lost is found out when it is read for that.
+            return offer
+        if update == offer.update:
+            return offer
+        cut = offer.model_copy(update={"update": update})
+        return cut if self._storage.attempt("outbox", lambda: self._outbox.keep(cut)) else None
 
     async def _is_lost(self, number: int) -> bool:
         try:

@@ -126,6 +126,11 @@ class AgentState:
         """Remembers the boot number of this start."""
         self._keep_fact("boot", str(boot))
 
+    def newest_round(self) -> int:
+        """The newest round that this device made an update for, 0 before the first."""
+        with closing(self._run("SELECT coalesce(max(round), 0) FROM ledger")) as rows:
+            return int(rows.fetchone()[0])
+
     def failures(self) -> int:
         """The trainings that failed since the last one that did not."""
         return self._count("failures")
@@ -161,7 +166,9 @@ class AgentState:
                 offer.model_dump_json(),
             )
             self._run(
-                "INSERT OR REPLACE INTO ledger VALUES (?, ?, ?, ?, ?, 'offered', NULL)",
+                # What was accepted or rejected stays so, whatever is offered again.
+                "INSERT INTO ledger VALUES (?, ?, ?, ?, ?, 'offered', NULL) "
+                "ON CONFLICT (round) DO NOTHING",
                 offer.round,
                 offer.base,
                 offer.examples,

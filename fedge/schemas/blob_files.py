@@ -104,7 +104,9 @@ class BlobDirectory:
         part, whole = self._part(ref.sha256), self.path(ref.sha256)
         with _disk(f"open {whole}"):
             if whole.is_file():
-                whole.replace(part)
+                # Under both names: whoever was told that it is whole finds it where it was.
+                part.unlink(missing_ok=True)
+                part.hardlink_to(whole)
         return self.open_partial(ref)
 
     def _part(self, digest: Digest) -> Path:

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from tests.chaos.evidence import Announced, SaidReceipt
+from tests.chaos.evidence import Announced, Asked, SaidReceipt
 from tests.chaos.history import Open
 from tests.chaos.stores import LedgerLine, Snapshot, StoredContribution
 from tests.chaos.verdict import Violation
+
+ASKED_AGAIN_S = 5.0
+"""A device is patient for 10 s; what is asked again sooner was asked again for another reason."""
 
 # ---------------------------------------------------------------- promise 1: once, and never lost
 
@@ -168,6 +171,34 @@ def rounds_end(
                 f"there were {excused_s:.1f} s of faults"
             )
             found.append(Violation("rounds_end", text, closed_s))
+    return found
+
+
+def questions_are_answered(
+    asked: Sequence[Asked],
+    answered_s: Mapping[str, Sequence[float]],
+    troubles: Mapping[str, Sequence[tuple[float, float]]],
+) -> list[Violation]:
+    """Nobody asks for the same thing twice, seconds apart, where nothing was in the way meanwhile.
+
+    A chunk that was asked for is published, an offer gets a grant or a receipt; who has to ask
+    again did not hear it, and will not hear it the next time. `answered_s`: when a device was sent
+    a grant or a receipt. `troubles`: of a device, its coordinator and its broker.
+    """
+    found, before = [], dict[tuple[str, str], Asked]()
+    for each in asked:
+        earlier = before.get((each.device, each.what))
+        before[each.device, each.what] = each
+        if earlier is None or each.at_s - earlier.at_s < ASKED_AGAIN_S:
+            continue
+        span = earlier.at_s, each.at_s
+        if overlap_s(troubles.get(each.device, ()), *span) > 0:
+            continue
+        told = any(span[0] <= at_s <= span[1] for at_s in answered_s.get(each.device, ()))
+        if each.what.startswith("offer") and told:
+            continue
+        text = f"{each.device} asked again after {span[1] - span[0]:.1f} s: {each.what}"
+        found.append(Violation("questions_are_answered", text, each.at_s))
     return found
 
 

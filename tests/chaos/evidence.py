@@ -72,6 +72,15 @@ class SaidOffer:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """A device asked the coordinator for something: chunks of a blob, or an answer to an offer."""
+
+    device: str
+    what: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Announced:
     """A version announcement: said by the coordinator, or heard by the observer.
 
@@ -93,6 +102,8 @@ class Evidence:
         self.made: dict[tuple[str, int], list[str]] = {}
         self.receipts: list[SaidReceipt] = []
         self.offers: dict[tuple[str, int, str], SaidOffer] = {}
+        self.asked: list[Asked] = []
+        self.answered_s: dict[str, list[float]] = {}
         self.announced: list[Announced] = []
         self.said_versions: list[Announced] = []
         self.recorded: dict[str, deque[tuple[str, bytes]]] = {
@@ -132,6 +143,11 @@ class Evidence:
             )
             self.offers[device, offer.round, offer.sha256] = offer
 
+    def _note_question(self, device: str, kind: str, payload: bytes) -> None:
+        said = json.loads(payload)
+        what = said["sha256"] if kind == "need" else f"round {said['round']}"
+        self.asked.append(Asked(device, f"{kind} of {what}", time.monotonic()))
+
     # ------------------------------------------------------------ the wire
 
     def of_device(self, device: str) -> Callable[[Side, Publish], None]:
@@ -145,6 +161,8 @@ class Evidence:
                     self.recorded[kind].append((message.topic, message.payload))
                 if kind == "offer":
                     self.note_offer(device, message.payload)
+                if kind in ("need", "offer"):
+                    self._note_question(device, kind, message.payload)
 
         return tap
 
@@ -154,6 +172,8 @@ class Evidence:
         def tap(side: Side, message: Publish) -> None:
             kind, device = kind_of(message.topic)
             self._happened(kind, name)
+            if side is Side.UP and kind in ("grant", "receipt") and device is not None:
+                self.answered_s.setdefault(device, []).append(time.monotonic())
             if side is Side.UP and kind == "receipt" and device is not None:
                 said = json.loads(message.payload)
                 self.receipts.append(

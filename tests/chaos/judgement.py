@@ -16,7 +16,7 @@ from tests.chaos.evidence import Evidence
 from tests.chaos.gauges import Growth, growth
 from tests.chaos.history import History
 from tests.chaos.run import Course
-from tests.chaos.schedule import BROKER, COORDINATOR
+from tests.chaos.schedule import BROKER, COORDINATOR, FLEET
 from tests.chaos.stores import (
     Snapshot,
     StoredContribution,
@@ -36,7 +36,7 @@ DESCRIPTORS_GROWTH = 100
 FILE_LIMITS = {"blobs": 12, "models": 2, "outbox": 1, "uploads": 6}
 """A device keeps the plan's four blobs and two of each of two versions, the models of the last two,
 and the update that it may have made last; the coordinator what came for its open round."""
-RECOVERY_S = 3.0
+RECOVERY_S = 5.0
 """After a fault: reconnecting with back-off."""
 
 
@@ -107,6 +107,11 @@ def judge(made: World, course: Course) -> Judgement:
             grown, most_rss_bytes=limits, descriptors_growth=DESCRIPTORS_GROWTH
         ),
     ]
+    found.violations += checks.questions_are_answered(
+        evidence.asked,
+        evidence.answered_s,
+        {device: _in_the_way(made, device, end_s) for device in made.devices},
+    )
     if made.pace.mode == "sync":
         # A buffer without a quorum waits for it, whatever its deadline.
         found.violations += checks.rounds_end(
@@ -185,6 +190,20 @@ def _remake(
         f"its {len(parts)} accepted updates make other weights, off by {result.difference:.3g} "
         f"(one update more or less: {result.sensitivity:.3g})"
     )
+
+
+def _in_the_way(made: World, device: str, end_s: float) -> list[tuple[float, float]]:
+    """When something was wrong between a device and the coordinator, or with one of them."""
+    places = (device, COORDINATOR, BROKER, FLEET)
+    return [
+        *(
+            (t.began_s, (t.ended_s or end_s) + RECOVERY_S)
+            for t in made.troubles
+            if t.target in places
+        ),
+        *made.outages(COORDINATOR, end_s),
+        *made.outages(device, end_s),
+    ]
 
 
 def _left_over(made: World) -> dict[str, dict[str, list[str]]]:

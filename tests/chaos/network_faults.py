@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections.abc import Sequence
 
 from tests.chaos.fault import Fault, Missed
-from tests.chaos.proxy import Bandwidth, BlackHole, Condition, Latency, Proxy, Refuse, Stall
+from tests.chaos.proxy import (
+    Bandwidth,
+    BlackHole,
+    Condition,
+    Connection,
+    Latency,
+    Proxy,
+    Refuse,
+    Stall,
+)
 from tests.chaos.schedule import Aim, Drawn
 from tests.chaos.tampering import Mischief, Rule, Side
 
@@ -24,6 +35,21 @@ class NetworkFault(Fault):
         """The condition holds as long as the fault lasts."""
         with self.proxy.during(condition):
             await self.last()
+
+    async def until_ended(self, connections: Sequence[Connection]) -> None:
+        """Waits until all of them have ended, and ends them when the fault's time is over.
+
+        Raises `Missed` if there are none.
+        """
+        if not connections:
+            raise Missed("no connection")
+        try:
+            async with asyncio.timeout(self.planned.duration_s):
+                for each in connections:
+                    await each.ended.wait()
+        except TimeoutError:
+            for each in connections:
+                each.abort()
 
 
 class Slow(NetworkFault):
@@ -104,7 +130,7 @@ class Reset(NetworkFault):
 
 
 class Cut(NetworkFault):
-    """The connections end in the midst of what is sent."""
+    """The connections end in the midst of what is sent; the idle ones after a while."""
 
     name, weight = "cut", 9.0
 
@@ -112,13 +138,13 @@ class Cut(NetworkFault):
     def draw(rng: random.Random) -> Drawn:
         """1 to about 6,000 bytes later."""
         side = rng.choice(list(Side)).value
-        return Drawn(0.0, {"side": side, "after_bytes": round(6000 ** rng.random())})
+        return Drawn(10.0, {"side": side, "after_bytes": round(6000 ** rng.random())})
 
     async def strike(self) -> None:
-        """Arms the cut."""
+        """Arms the cut, and waits for it."""
         parameters = self.planned.parameters
-        if not self.proxy.cut_after(Side(parameters["side"]), parameters["after_bytes"]):
-            raise Missed("no connection")
+        armed = self.proxy.cut_after(Side(parameters["side"]), parameters["after_bytes"])
+        await self.until_ended(armed)
 
 
 class Refused(NetworkFault):
@@ -144,12 +170,11 @@ class HalfOpen(NetworkFault):
     @staticmethod
     def draw(rng: random.Random) -> Drawn:
         """Until somebody's keep-alive finds out."""
-        return Drawn(0.0, {"lost": rng.choice(list(Side)).value})
+        return Drawn(20.0, {"lost": rng.choice(list(Side)).value})
 
     async def strike(self) -> None:
-        """Loses one leg of each connection."""
-        if not self.proxy.half_open(Side(self.planned.parameters["lost"])):
-            raise Missed("no connection")
+        """Loses one leg of each connection, and waits for the other to be given up."""
+        await self.until_ended(self.proxy.half_open(Side(self.planned.parameters["lost"])))
 
 
 class BrokenWord(NetworkFault):

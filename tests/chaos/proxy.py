@@ -122,17 +122,17 @@ class Proxy:
             each.abort()
         return len(chosen)
 
-    def cut_after(self, side: Side, count: int) -> int:
-        """Resets each connection once `count` more bytes went to `side`; returns how many."""
+    def cut_after(self, side: Side, count: int) -> tuple[Connection, ...]:
+        """Resets each connection once `count` more bytes went to `side`; returns them."""
         for each in self.connections:
             each.lanes[side].cut_after = count
-        return len(self.connections)
+        return tuple(self.connections)
 
-    def half_open(self, lost: Side) -> int:
-        """Ends the leg that leads to `lost`, and does not tell the other end; returns how many."""
+    def half_open(self, lost: Side) -> tuple[Connection, ...]:
+        """Ends the leg that leads to `lost`, and does not tell the other end; returns whose."""
         for each in self.connections:
             each.lose(lost)
-        return len(self.connections)
+        return tuple(self.connections)
 
     # ------------------------------------------------------------ what holds now
 
@@ -225,7 +225,7 @@ class Connection:
         self._writer = writer
         self._lost: set[Side] = set()
         self._legs: dict[Side, asyncio.StreamWriter] = {Side.DOWN: writer}
-        self._ended = asyncio.Event()
+        self.ended = asyncio.Event()
         self.lanes = {side: Lane(self, side) for side in Side}
 
     async def run(self) -> None:
@@ -246,7 +246,7 @@ class Connection:
             )
         ]
         try:
-            await self._ended.wait()
+            await self.ended.wait()
         finally:
             self.abort()
             for work in works:
@@ -259,7 +259,7 @@ class Connection:
         """Resets both legs."""
         for writer in self._legs.values():
             _reset(writer)
-        self._ended.set()
+        self.ended.set()
 
     def lose(self, lost: Side) -> None:
         """Resets one leg; the other stays until its own end gives up."""

@@ -21,7 +21,7 @@ import sqlalchemy
 from fedge.coordinator.store.tables import metadata
 from tests.chaos import checks
 from tests.chaos.arithmetic import TOLERANCE, Part
-from tests.chaos.evidence import Announced, Evidence, SaidReceipt
+from tests.chaos.evidence import Announced, Asked, Evidence, SaidReceipt
 from tests.chaos.history import History, Open
 from tests.chaos.judgement import versions_are_their_updates
 from tests.chaos.stores import LedgerLine, Snapshot, read_coordinator, read_ledger, read_outbox
@@ -371,6 +371,36 @@ def test_a_round_may_be_late_by_the_faults_and_no_more():
 
     assert found(11.1) == []
     assert len(found(10.9)) == 1
+
+
+ASKED = [Asked("d0", "need of x", 10.0), Asked("d0", "need of x", 20.0)]
+OFFERED = [Asked("d0", "offer of round 3", 10.0), Asked("d0", "offer of round 3", 40.0)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered_s", "trouble", "violations"),
+    [
+        (ASKED, [], [], 1),
+        (ASKED, [12.0], [], 1),
+        (ASKED, [], [(5.0, 9.0), (21.0, 22.0)], 1),
+        (ASKED, [], [(12.0, 13.0)], 0),
+        (ASKED[:1], [], [], 0),
+        ([ASKED[0], Asked("d0", "need of y", 20.0)], [], [], 0),
+        ([ASKED[0], Asked("d1", "need of x", 20.0)], [], [], 0),
+        ([ASKED[0], Asked("d0", "need of x", 11.0)], [], [], 0),
+        (OFFERED, [], [], 1),
+        (OFFERED, [41.0], [], 1),
+        (OFFERED, [12.0], [], 0),
+    ],
+)
+def test_a_question_without_an_answer_is_found(
+    asked: list[Asked],
+    answered_s: list[float],
+    trouble: list[tuple[float, float]],
+    violations: int,
+):
+    found = checks.questions_are_answered(asked, {"d0": answered_s}, {"d0": trouble})
+    assert len(found) == violations
 
 
 def test_a_round_that_never_closed_is_late_at_the_end():

@@ -120,3 +120,17 @@ def test_a_buffer_wakes_for_its_next_flight_and_for_its_own_deadline(now, due) -
     if now > 51.0:
         here.feed(rounds.TimePassed(1), now)
     assert here.next_deadline(now) == due
+
+
+def test_a_round_waits_for_devices_when_only_they_can_move_it() -> None:
+    here = begun(SYNC)
+    assert not here.waits_for_devices(9.0)
+    assert here.waits_for_devices(10.0)
+    for name in "abc":
+        here.feed(rounds.CheckedIn(name, 3), 11.0)
+    assert not here.waits_for_devices(12.0)
+
+    here = begun(ASYNC)
+    assert here.waits_for_devices(1.0)
+    here.feed(rounds.CheckedIn("a", 1), 1.0)
+    assert not here.waits_for_devices(1.0)

@@ -9,7 +9,13 @@ import pytest
 
 from fedge.coordinator.buffer import Flight
 from fedge.coordinator.over_selection import Delivery
-from fedge.coordinator.recovery import deliveries, flights_of, resumed_buffer, resumed_round
+from fedge.coordinator.recovery import (
+    GRACE_S,
+    deliveries,
+    flights_of,
+    resumed_buffer,
+    resumed_round,
+)
 from fedge.coordinator.rounds import Mode, Phase, RoundPolicy
 from fedge.coordinator.store import ParticipantStatus, RoundRecord, Store
 
@@ -60,12 +66,12 @@ def test_a_clock_that_was_set_back_prolongs_no_deadline(store: Store, set_back_s
     assert state.until == SYNC.deadline_s
 
 
-def test_a_clock_that_was_set_forward_ends_the_wait_and_nothing_else(store: Store) -> None:
+def test_a_deadline_that_passed_meanwhile_leaves_a_moment_to_deliver(store: Store) -> None:
     opened(store, 1)
     store.record_assignment(1, ["a"], train_until=1100.0, at=1000.0)
     (record,) = store.open_rounds()
     state = resumed_round(store, record, SYNC, now=7.0, wall_now=9e9, previous=None)
-    assert state.until == 7.0
+    assert state.until == 7.0 + GRACE_S
     assert state.is_open
 
 

@@ -204,6 +204,11 @@ def test_a_repeated_assignment_never_trains_twice() -> None:
     assert device.feed(Assigned(assignment(1))) == []
     device.feed(Trained(1))
     assert device.feed(Assigned(assignment(1))) == [SendOffer(1)]
+    # Nor after the receipt: a copy of the assignment may come late.
+    device.feed(Receipted(receipt(1)))
+    (said,) = device.feed(Assigned(assignment(1)))
+    assert isinstance(said, SayTrainingFailed)
+    assert said.round == 1
 
 
 def test_training_for_a_round_that_is_over_is_stopped() -> None:
@@ -569,11 +574,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(number=numbers)
     def assigned_to_us(self, number: int) -> None:
-        # The coordinator assigns nothing to a device whose answer it has decided.
-        if number not in self.settled:
-            self.take(Assigned(assignment(number)))
-            if self.device.state.assigned >= number:
-                self.assigned.add(number)
+        self.take(Assigned(assignment(number)))
+        if self.device.state.assigned >= number:
+            self.assigned.add(number)
 
     @precondition(lambda self: self.waiting is not None)
     @rule()

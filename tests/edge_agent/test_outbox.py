@@ -14,7 +14,7 @@ from fedge.edge_agent.offers import Offers
 from fedge.edge_agent.outbox import Outbox
 from fedge.edge_agent.state import AgentState
 from fedge.edge_agent.storage_watch import StorageWatch
-from fedge.schemas.blobs import describe
+from fedge.schemas.blobs import BlobRef, describe
 from fedge.schemas.errors import StoreUnavailable
 from fedge.schemas.messages import LossCurve, Offer, ReceiptStatus
 from tests.edge_agent.small_disks import small_disk
@@ -43,6 +43,7 @@ class Bench:
         self.sent: list[int] = []
         self.sent_thrice = asyncio.Event()
         self.fed: list[Event] = []
+        self.chunk_bytes: int | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -54,15 +55,22 @@ class Bench:
             storage=StorageWatch("d"),
             rng=random.Random(1),
             connected=lambda: True,
+            fitting=self._fitting,
             send=self._send,
             feed=self.fed.append,
         )
+
+    async def _fitting(self, update: BlobRef, _path: Path) -> BlobRef:
+        if self.chunk_bytes is None:
+            return update
+        return describe(UPDATE, self.chunk_bytes)
 
     def train(self, number: int) -> None:
         self.outbox.path(number).write_bytes(UPDATE)
         self.outbox.keep(offer(number))
 
     async def _send(self, sent: Offer) -> None:
+        self.offered_chunk_bytes = sent.update.chunk_bytes
         self.sent.append(sent.round)
         if len(self.sent) == 3:
             self.sent_thrice.set()
@@ -210,3 +218,28 @@ def test_offers_are_repeated_by_the_clock_and_only_while_connected(
         task.cancel()
 
     asyncio.run(scenario())
+
+
+def test_an_update_is_offered_in_chunks_that_the_broker_takes(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        bench = Bench(tmp_path)
+        bench.train(1)
+        bench.chunk_bytes = 4096
+        await bench.offers.offer(1)
+        assert bench.offered_chunk_bytes == 4096
+        # Grants are for what was offered, also after a restart.
+        bench.restart()
+        kept = bench.outbox.offer(1)
+        assert kept is not None
+        assert kept.update.chunk_bytes == 4096
+
+    asyncio.run(scenario())
+
+
+def test_what_was_accepted_stays_accepted_in_the_ledger(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.train(1)
+    bench.outbox.settle(1, ReceiptStatus.ACCEPTED, None)
+    bench.train(1)
+    assert [line.status for line in bench.memory.ledger()] == ["accepted"]
+    assert bench.memory.newest_round() == 1

@@ -39,7 +39,7 @@ class DurableSteps:
         patch(mock.patch.object(Database, "write", self._transaction(Database.write)))
         patch(mock.patch.object(AgentState, "_run", self._statement(AgentState._run)))
         # The kernel drops the lock of a process that is killed; all of these are one process.
-        patch(mock.patch.object(state_lock.fcntl, "flock", lambda file, how: None))
+        patch(mock.patch.object(state_lock.fcntl, "flock", return_value=None))
 
     def close(self) -> None:
         """Lets everything be as it was."""

@@ -3,7 +3,7 @@
 Nothing between the two ends is simulated but the network, the threads and the clocks: what runs is
 `fedge.coordinator.service.Coordinator` on its real store, and `fedge.edge_agent.agent.EdgeAgent` on
 its real state folder. In place of the model is one tensor; in place of the training process is a
-`Learner`, whose updates are numbers that no other training gives, so that a sum tells what is in it.
+`Learner`, whose updates are numbers that no other training gives: a sum tells what is in it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.engines import EngineName
 from fedge.edge_agent.outbox import Outbox
 from fedge.edge_agent.trainer.jobs import (
-    ActivateJob,
     Activated,
-    CountJob,
+    ActivateJob,
     Counted,
+    CountJob,
     Trained,
     TrainJob,
 )
@@ -54,7 +54,9 @@ WEIGHT = TensorSpec(name="weight", dtype="float64", shape=(300,))
 """Three chunks: enough for some to be lost."""
 EPOCH_S = 1_700_000_000.0
 
-_BLOBS = {name: f"the {name} of the model".encode() for name in ("train", "eval", "infer", "golden")}
+_BLOBS = {
+    name: f"the {name} of the model".encode() for name in ("train", "eval", "infer", "golden")
+}
 _REFS = {name: describe(data, CHUNK_BYTES) for name, data in _BLOBS.items()}
 MANIFEST = PlanManifest(
     task="model",
@@ -313,9 +315,7 @@ class Learner:
         data = encode_tensors(tensors_of(value))
         job.output.write_bytes(data)
         update = describe(data, job.chunk_bytes)
-        self._done(
-            Work(self._host.name, number, base, value, self._host.examples, update.sha256)
-        )
+        self._done(Work(self._host.name, number, base, value, self._host.examples, update.sha256))
         return Trained(
             update=update,
             examples=self._host.examples,

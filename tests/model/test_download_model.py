@@ -7,7 +7,7 @@ to, and may be away. The claims:
 1.  A blob that is there is what it should be, byte for byte.
 2.  A chunk that was verified is never written again, nor subscribed to again, also after a restart.
 3.  No more than the window is subscribed to at a time.
-4.  What goes wrong on the network ends no download; what the disk refuses ends it and loses nothing.
+4.  Nothing on the network ends a download; what the disk refuses ends it and loses nothing.
 5.  Once the faults end, what is wanted comes within a bounded time.
 """
 

@@ -210,9 +210,7 @@ class RoundMachine(RuleBasedStateMachine):
     )
     def open(self, policy: RoundPolicy, seed: int, now: float, previous: str | None) -> None:
         self.policy, self.now = policy, now
-        self.state = open_round(
-            5, BASE, seed=seed, policy=policy, now=now, previous=previous
-        )
+        self.state = open_round(5, BASE, seed=seed, policy=policy, now=now, previous=previous)
         self.reference = Reference(policy, now, previous)
 
     # ------------------------------------------------------------ both are fed

@@ -30,8 +30,15 @@ EXAMPLES: dict[str, Message] = {
         model_bytes=123456,
     ),
     "round": messages.RoundAnnouncement(
-        **FIXED, round=4, base=3, phase=messages.RoundPhase.GATHERING, checkin_spread_s=2.5
+        **FIXED,
+        round=4,
+        base=3,
+        phase=messages.RoundPhase.GATHERING,
+        checkin_spread_s=2.5,
+        checkin_share=0.25,
+        oldest=2,
     ),
+    "roll": messages.RollCall(**FIXED, spread_s=1.5),
     "assignment": messages.Assignment(
         **FIXED,
         round=4,
@@ -45,7 +52,7 @@ EXAMPLES: dict[str, Message] = {
         local_steps=100,
         proximal_mu=0.01,
     ),
-    "retry": messages.Retry(**FIXED, round=4, after_s=30.0),
+    "retry": messages.Retry(**FIXED, round=4, after_s=30.0, spread_s=7.5),
     "grant": messages.Grant(**FIXED, round=4, sha256=SHA, window=16, held=HELD),
     "have": messages.Have(**FIXED, round=4, sha256=SHA, held=HELD),
     "receipt": messages.Receipt(
@@ -82,7 +89,8 @@ TOPICS = Topics("mnist")
 def topic_table() -> dict[str, str]:
     """Every topic and filter by what it is for."""
     table = {
-        f"all/{name}": TOPICS.announcement(type(EXAMPLES[name])) for name in ("version", "round")
+        f"all/{name}": TOPICS.announcement(type(EXAMPLES[name]))
+        for name in ("version", "round", "roll")
     }
     for name in ("assignment", "retry", "grant", "have", "receipt", "abort"):
         table[f"dn/{name}"] = TOPICS.down("pi-7", type(EXAMPLES[name]))

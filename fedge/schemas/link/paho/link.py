@@ -31,10 +31,12 @@ from fedge.schemas.link.paho.connection import (
     ConnectionFailed,
     Lost,
 )
-from fedge.schemas.link.paho.limits import PacketLimit
+from fedge.schemas.link.paho.limits import TOPIC_ALLOWANCE_BYTES, PacketLimit
 from fedge.schemas.link.paho.outbox import Outbox, Outgoing
 from fedge.schemas.link.paho.settings import Backoff, LinkSettings, MqttProtocol
 from fedge.schemas.link.protocol import MAX_IN_FLIGHT, Delivery, LinkDown, LinkEvent, LinkUp
+
+__all__ = ["TOPIC_ALLOWANCE_BYTES", "PahoLink"]
 
 log = logging.getLogger(__name__)
 
