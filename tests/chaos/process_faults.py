@@ -174,7 +174,7 @@ class BrokerKilled(Fault):
         return Drawn(
             rng.uniform(0, 3),
             {
-                "comes_back": rng.choice(["empty", "empty", "saved", "ancient"]),
+                "comes_back": rng.choice(["empty", "saved", "saved", "ancient"]),
                 "limits": rng.choice(["default", "default", "small"]),
                 "moment": rng.choice(_COORDINATOR_MOMENTS),
             },
