@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedge.schemas.link.broker import BrokerSettings
 from fedge.schemas.link.paho import MqttProtocol, PahoLink
 from fedge.schemas.link.paho.settings import Backoff
-from fedge.schemas.link.protocol import Delivery, LinkDown, LinkUp, Will
-from tests.brokers import HOST, AmqttBroker
+from fedge.schemas.link.protocol import Delivery, Link, LinkDown, LinkUp, Will
+from tests.brokers import HOST, AmqttBroker, MosquittoBroker
 from tests.cable import Cable
 from tests.schemas.paho_links import (
     QUIET_S,
@@ -222,3 +226,39 @@ def test_where_both_are_spoken_mqtt_5_is_used(mosquitto):
     asyncio.run(scenario())
     lines = mosquitto.log_path.read_text().splitlines()
     assert any("as auto (p5," in line for line in lines)
+
+
+@needs_mosquitto
+def test_a_broker_that_comes_back_with_an_older_session_is_subscribed_to_again(
+    tmp_path: Path,
+) -> None:
+    persistent = ("persistence true", f"persistence_location {tmp_path}/")
+    broker = MosquittoBroker(tmp_path, settings=(*persistent, "autosave_interval 1800"))
+
+    async def is_up(link: Link) -> LinkUp:
+        while not isinstance(event := await link.next_event(), LinkUp):
+            pass
+        return event
+
+    async def scenario() -> None:
+        settings = BrokerSettings(port=broker.port, reconnect_cap_s=1)
+        link, other = (settings.link(name, random.Random(name)) for name in ("a", "b"))
+        await link.subscribe("old/+")
+        await asyncio.gather(link.start(), other.start())
+        await asyncio.gather(is_up(link), is_up(other))
+        os.kill(broker.pid, signal.SIGUSR1)  # mosquitto saves what it has now
+        await asyncio.sleep(0.5)
+        await link.subscribe("new/+")
+        broker.kill()
+        broker.start()
+        assert (await is_up(link)).session_present
+        await is_up(other)
+        await other.publish("new/x", b"heard")
+        async with asyncio.timeout(10):
+            while not isinstance(event := await link.next_event(), Delivery):
+                pass
+        assert (event.topic, event.payload) == ("new/x", b"heard")
+        await asyncio.gather(link.close(), other.close())
+
+    with broker:
+        asyncio.run(scenario())

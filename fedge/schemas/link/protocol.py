@@ -28,8 +28,8 @@ MAX_IN_FLIGHT = 8
 class LinkUp:
     """The broker accepted the connection.
 
-    `session_present`: the broker kept our session, with its subscriptions and queued messages. If
-    not, the link has subscribed again before this event, and what was retained comes again.
+    `session_present`: the broker kept our session, with its queued messages. Either way the link
+    has subscribed again before this event, and what was retained comes again.
     """
 
     session_present: bool

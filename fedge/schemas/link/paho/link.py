@@ -305,8 +305,10 @@ class PahoLink:
     ) -> None:
         self._protocol = protocol
         self._limit.connected(accepted.max_packet_bytes, session_present=accepted.session_present)
+        # Also where the broker has our session: one that was killed may come back with the session
+        # as it was saved, before the last subscriptions. To say them again harms nobody.
+        self._granted.clear()
         if not accepted.session_present:
-            self._granted.clear()
             self._revoked.clear()
         await self._restore_subscriptions(connection)
         if connection.lost.done() or self._closed:
