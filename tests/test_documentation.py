@@ -192,3 +192,13 @@ def write_linear_model(
         },
     )
     onnx.save(model, path)
+
+
+def test_every_test_that_the_guarantees_name_is_there() -> None:
+    """A promise without its test would look as good as one with it."""
+    text = (REPOSITORY / "docs" / "guarantees.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([a-z0-9_]+/[a-z0-9_]+\.py)(?:::([a-z0-9_]+))?`", text)
+    assert len(named) > 30
+    for path, name in named:
+        source = (REPOSITORY / "tests" / path).read_text(encoding="utf-8")
+        assert name == "" or f"def {name}(" in source, f"{path}::{name}"
