@@ -135,7 +135,7 @@ class Conductor:
         """When `time_passed` should be called, in `clock` seconds."""
         if self._course.round is None:
             return self._rests_until or None
-        return self._course.next_deadline(self._around.clock())
+        return self._course.next_deadline()
 
     # ------------------------------------------------------------ what happens
 
@@ -237,6 +237,10 @@ class Conductor:
         if found is None:
             return
         self._feed(rounds.Superseded(found.number))
+        if self._course.round is None:
+            # Between two rounds: what flies comes from versions that were taken back.
+            for asked_in, device in self._course.call_back_all():
+                self._dismiss((device,), RejectReason.ROUND_ABANDONED, asked_in)
         await self._succession.take_up(found)
         self._around.publish()
 
@@ -373,33 +377,42 @@ class Conductor:
         self._around.wake()
         if not turn.state.is_open:
             self._counting.clear()
-        if turn.asked:
-            # Assignments may be sent only once it is on disk who was asked.
-            self._around.start(self._ask(turn.state, turn.asked, turn.commands), "ask")
-            return
         for command in turn.commands:
-            self._act(turn.state, command)
+            if not isinstance(command, rounds.Assign):
+                self._act(turn.state, command)
+        # Assignments may be sent only once it is on disk who was asked.
+        if turn.asked:
+            self._around.start(self._ask(turn.state, turn.asked), "ask")
+            return
+        again = [c for c in turn.commands if isinstance(c, rounds.Assign)]
+        for command in again:
+            self._around.start(self._assign_again(turn.state, command), "assign-again")
 
-    async def _ask(
-        self, state: AnyRound, asked: frozenset[str], commands: Sequence[rounds.Command]
-    ) -> None:
-        at = self._around.wall_clock()
-        if not await self._workers.insist(lambda: self._record_asked(state, asked, at)):
+    async def _ask(self, state: AnyRound, asked: frozenset[str]) -> None:
+        if not await self._workers.insist(lambda: self._record_asked(state, asked)):
             log.warning("round_ended_before_it_was_asked", round=state.number)
             return
         if isinstance(state, Round):
             log.info("round_training", round=state.number, base=state.base, cohort=len(asked))
-        for command in commands:
-            self._act(state, command)
+        self._act(state, rounds.Assign(tuple(sorted(asked))))
         if isinstance(state, Round):
             self._around.publish()
 
-    def _record_asked(self, state: AnyRound, asked: frozenset[str], at: float) -> bool:
+    async def _assign_again(self, state: AnyRound, command: rounds.Assign) -> None:
+        recorded = await self._workers.durable(
+            lambda: {p.device for p in self._store.participants(state.number)}
+        )
+        # Who is not in the record yet is told when it is.
+        known = tuple(device for device in command.devices if device in recorded)
+        self._act(state, rounds.Assign(known))
+
+    def _record_asked(self, state: AnyRound, asked: frozenset[str]) -> bool:
         """False if the round has its outcome: the disk was full until after its deadline."""
         if all(record.number != state.number for record in self._store.open_rounds()):
             return False
+        at, now = self._around.wall_clock(), self._around.clock()
         if isinstance(state, Round):
-            until = at + max(0.0, state.until - self._around.clock())
+            until = at + max(0.0, state.until - now)
             self._store.record_assignment(state.number, sorted(asked), train_until=until, at=at)
         else:
             until = at + self._course.policy.deadline_s

@@ -7,6 +7,7 @@ store, no broker, no clock of its own; `now` is the machines' clock in seconds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -53,6 +54,7 @@ class Course:
         self._claims: dict[str, int] = {}
         self._belief = OverSelection()
         self._interrupted = False
+        self._time_was = -math.inf
         self.round: AnyRound | None = None
         self.last_number = 0
 
@@ -121,17 +123,21 @@ class Course:
         ready = len(self.round.ready) if isinstance(self.round, Round) else 0
         return max(online, ready)
 
-    def next_deadline(self, now: float) -> float | None:
-        """When time changes something by itself."""
+    def next_deadline(self) -> float | None:
+        """When time changes something by itself, None if it does not.
+
+        A deadline counts until the machine was told that it has passed, however late that is.
+        """
         state = self.round
         if state is None or not state.is_open:
             return None
+        due = [] if self._time_was >= state.until else [state.until]
         if isinstance(state, Buffer):
-            times = [flight.until for flight in state.flights.values()]
-            return min([*times, state.until] if state.until > now else times, default=None)
+            due += [flight.until for flight in state.flights.values()]
+        elif state.phase is Phase.TRAINING:
+            due = [state.until]
         # A round that gathers beyond its time waits for a device, not for the clock.
-        waits = state.phase is Phase.GATHERING and now >= state.until
-        return None if waits else state.until
+        return min(due, default=None)
 
     def waits_for_devices(self, now: float) -> bool:
         """Whether the round only goes on when a device speaks, and nobody is known to be at it."""
@@ -207,8 +213,16 @@ class Course:
 
     def feed(self, event: rounds.Event, now: float) -> Turn | None:
         """The machine's answer to an event, None between two rounds."""
+        if isinstance(event, rounds.TimePassed):
+            self._time_was = now
+        elif isinstance(event, rounds.Superseded):
+            # Who was told to stop for that has not failed to deliver.
+            self._interrupted = True
         match self.round:
             case None:
+                if isinstance(event, rounds.Failed) and event.asked_in is not None:
+                    gone = (event.asked_in, event.device)
+                    self._flights = {k: f for k, f in self._flights.items() if k != gone}
                 return None
             case Buffer() as before:
                 after, commands = buffer.step(before, event, self.policy, now)

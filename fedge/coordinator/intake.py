@@ -9,6 +9,7 @@ says whom it waits for.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from fedge.coordinator.aggregation import AcceptedUpdate, validate_update
@@ -96,7 +97,9 @@ class Intake:
                 counted_in=counted_in,
             )
         except PeerError:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                # Left where it is, it goes with its round's folder.
+                path.unlink(missing_ok=True)
             raise
         return accepted_receipt(offer)
 

@@ -61,11 +61,7 @@ class Journal:
             device, self._wall_clock(), boot, online, examples, version, agent_version
         )
         old = self._sightings.get(device)
-        if old is not None:
-            facts = ("boot", "online", "examples", "version", "agent_version")
-            known = {name: getattr(old, name) for name in facts if getattr(new, name) is None}
-            new = replace(new, **known)
-        self._sightings[device] = new
+        self._sightings[device] = new if old is None else _merged(old, new)
         self._due.set()
 
     def _log(self, device: str | None, error: PeerError, round_number: int | None) -> None:
@@ -110,6 +106,15 @@ class Journal:
             # What is known of devices, each once, is written later; counts of refusals are for
             # people, and are not kept in memory for a disk.
             log.warning("refusals_not_recorded", count=len(refusals))
-            self._sightings = sightings | self._sightings
+            for device, newer in self._sightings.items():
+                older = sightings.get(device)
+                sightings[device] = newer if older is None else _merged(older, newer)
+            self._sightings = sightings
             return False
         return True
+
+
+def _merged(old: DeviceSighting, new: DeviceSighting) -> DeviceSighting:
+    facts = ("boot", "online", "examples", "version", "agent_version")
+    known = {name: getattr(old, name) for name in facts if getattr(new, name) is None}
+    return replace(new, **known)

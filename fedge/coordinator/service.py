@@ -9,6 +9,7 @@ for rounds), and publishes. It is the one place where a bad message becomes a co
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -348,17 +349,21 @@ class Coordinator:
             ]
             wake = min((t for t in times if t is not None), default=None)
             delay_s = None if wake is None else max(0.0, wake - self._clock())
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
                     await self._timer_due.wait()
-            except TimeoutError:
-                if self._both_are_up():
-                    self._tell_all(self._desk.expired(self._clock()))
-                else:
-                    self._desk.heard_again(self._clock())
-                self._presence.time_passed()
-                self._conductor.time_passed()
             self._timer_due.clear()
+            # By the clock, and not by what ended the wait: both may come in the same moment.
+            if wake is not None and self._clock() >= wake:
+                self._time_passed()
+
+    def _time_passed(self) -> None:
+        if self._both_are_up():
+            self._tell_all(self._desk.expired(self._clock()))
+        else:
+            self._desk.heard_again(self._clock())
+        self._presence.time_passed()
+        self._conductor.time_passed()
 
     # ------------------------------------------------------------ publishing
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from fedge.coordinator.credit import Credit
 from fedge.coordinator.turn import Turn
-from fedge.schemas.blob_files import BlobDirectory, PartialBlob
+from fedge.schemas.blob_files import BlobDirectory, PartialBlob, disk
 from fedge.schemas.errors import PeerError, RejectReason, StoreError, StoreUnavailable
 from fedge.schemas.logs import EventLog
 from fedge.schemas.messages import Grant, Have, Offer
@@ -223,10 +223,11 @@ class UploadDesk:
     def keep_only(self, rounds: Collection[int]) -> None:
         """Removes the files of every other round: their versions are stored, or were abandoned."""
         kept = {str(number) for number in rounds}
-        if self.folder.is_dir():
-            for folder in self.folder.iterdir():
-                if folder.name not in kept:
-                    shutil.rmtree(folder, ignore_errors=True)
+        with disk(f"list {self.folder}"):
+            found = list(self.folder.iterdir()) if self.folder.is_dir() else []
+        for folder in found:
+            if folder.name not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
 
     # ------------------------------------------------------------ time
 
@@ -410,7 +411,8 @@ class UploadDesk:
     def _left_behind(self, round_number: int, device: str) -> Iterator[Path]:
         """What an earlier process left of a device's update."""
         place = self._place(round_number, device)
-        return place.iterdir() if place.is_dir() else iter(())
+        with disk(f"list {place}"):
+            return iter(list(place.iterdir()) if place.is_dir() else [])
 
     def _close_spare_files(self) -> None:
         spare = [upload for upload in self._line.values() if upload.file is not None]

@@ -21,7 +21,7 @@ from fedge.schemas.blobs import (
     chunk_bytes_within,
     describe,
 )
-from fedge.schemas.errors import LinkClosed, LinkError, PayloadTooLarge, PeerError
+from fedge.schemas.errors import LinkClosed, LinkError, PayloadTooLarge, PeerError, StoreError
 from fedge.schemas.link.protocol import Link
 from fedge.schemas.logs import EventLog
 from fedge.schemas.messages import Grant, Have
@@ -133,7 +133,7 @@ class Uploads:
                 limit_bytes=error.limit_bytes,
                 advice="it is offered again in smaller chunks",
             )
-        except (LinkError, OSError) as error:
+        except (LinkError, OSError, StoreError) as error:
             # The next grant begins anew; until then the update waits in the outbox.
             log.error("upload_failed", device=self._device, reason=str(error))
 

@@ -45,7 +45,7 @@ class BlobDirectory:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with _disk(f"make the blob folder {folder}"):
+        with disk(f"make the blob folder {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, digest: Digest) -> Path:
@@ -60,14 +60,14 @@ class BlobDirectory:
         """Keeps `data` under its digest, durably when this returns."""
         digest = sha256(data)
         if not self._holds_whole(digest):
-            with _disk(f"write the blob {digest}"), self._temporary() as (file, temporary):
+            with disk(f"write the blob {digest}"), self._temporary() as (file, temporary):
                 file.write(data)
                 file.flush()
                 settle(file.fileno(), temporary, self.path(digest))
 
     def read(self, digest: Digest) -> bytes:
         """The blob's bytes. Raises `StoreError` if it is not there or no longer what it was."""
-        with _disk(f"read the blob {digest}"):
+        with disk(f"read the blob {digest}"):
             data = self.path(digest).read_bytes()
         if sha256(data) != digest:
             raise StoreError(
@@ -78,7 +78,7 @@ class BlobDirectory:
 
     def delete(self, digest: Digest) -> None:
         """Removes the blob and what has arrived of it, if anything is there."""
-        with _disk(f"delete the blob {digest}"):
+        with disk(f"delete the blob {digest}"):
             self.path(digest).unlink(missing_ok=True)
             self._part(digest).unlink(missing_ok=True)
 
@@ -88,7 +88,7 @@ class BlobDirectory:
 
     def sweep(self) -> None:
         """Removes temporary files that a crash left. For the start, before anybody writes."""
-        with _disk(f"sweep {self.folder}"):
+        with disk(f"sweep {self.folder}"):
             for path in self.folder.glob(f"*{_TEMPORARY}"):
                 path.unlink(missing_ok=True)
 
@@ -102,7 +102,7 @@ class BlobDirectory:
         For a receiver that was stopped after a blob was whole, and before it was told so.
         """
         part, whole = self._part(ref.sha256), self.path(ref.sha256)
-        with _disk(f"open {whole}"):
+        with disk(f"open {whole}"):
             if whole.is_file():
                 # Under both names: whoever was told that it is whole finds it where it was.
                 part.unlink(missing_ok=True)
@@ -113,7 +113,7 @@ class BlobDirectory:
         return self.folder / (_checked(digest) + _PART)
 
     def _whole_files(self) -> Iterator[Path]:
-        with _disk(f"list {self.folder}"):
+        with disk(f"list {self.folder}"):
             return iter([each for each in self.folder.iterdir() if _DIGEST.fullmatch(each.name)])
 
     def _holds_whole(self, digest: Digest) -> bool:
@@ -146,11 +146,11 @@ class PartialBlob:
         # Chunks that come in order are hashed as they come; the rest is read again at the end.
         self._hasher = hashlib.sha256()
         self._hashed_chunks = 0
-        with _disk(f"open {path}"):
+        with disk(f"open {path}"):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._open = True
         try:
-            with _disk(f"read {path}"):
+            with disk(f"read {path}"):
                 held = self._verify_held()
         except StoreError:
             self.close()
@@ -167,7 +167,7 @@ class PartialBlob:
         if not self.receiver.complete:
             missing = self.ref.chunk_count - len(self.receiver.held)
             raise RuntimeError(f"{missing} chunks of {self.ref.sha256} are missing")
-        with _disk(f"complete {self._path}"):
+        with disk(f"complete {self._path}"):
             while self._hashed_chunks < self.ref.chunk_count:
                 self._hash_next(self._read(self._hashed_chunks))
             actual = self._hasher.hexdigest()
@@ -184,7 +184,7 @@ class PartialBlob:
     def discard(self) -> None:
         """Deletes what has arrived."""
         self.close()
-        with _disk(f"delete {self._path}"):
+        with disk(f"delete {self._path}"):
             self._path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -223,7 +223,7 @@ class PartialBlob:
 
     def _write(self, index: int, payload: bytes) -> None:
         view, position = memoryview(payload), index * self.ref.chunk_bytes
-        with _disk(f"write chunk {index} to {self._path}"):
+        with disk(f"write chunk {index} to {self._path}"):
             while view:
                 written = os.pwrite(self._file, view, position)
                 view, position = view[written:], position + written
@@ -239,8 +239,8 @@ class PartialBlob:
 
 
 def read_chunk(path: Path, ref: BlobRef, index: int) -> bytes:
-    """Chunk `index` of the blob in `path`: one chunk in memory at a time."""
-    with path.open("rb") as file:
+    """Chunk `index` of the blob in `path`: one chunk in memory at a time. Raises `StoreError`."""
+    with disk(f"read {path}"), path.open("rb") as file:
         file.seek(index * ref.chunk_bytes)
         return file.read(ref.chunk_size(index))
 
@@ -270,7 +270,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk(what: str) -> Iterator[None]:
+def disk(what: str) -> Iterator[None]:
+    """Turns an `OSError` within into `StoreUnavailable` if it may pass, else into `StoreError`."""
     try:
         yield
     except OSError as error:

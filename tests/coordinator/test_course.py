@@ -27,7 +27,7 @@ def begun(policy: RoundPolicy, number: int = 1) -> Course:
 
 def test_before_the_first_round_there_is_nothing_to_announce() -> None:
     assert course(SYNC).announcement(newest=0, online=0) is None
-    assert course(SYNC).next_deadline(0.0) is None
+    assert course(SYNC).next_deadline() is None
 
 
 def test_a_synchronous_round_waits_for_those_it_asked_while_it_trains() -> None:
@@ -43,7 +43,7 @@ def test_a_synchronous_round_waits_for_those_it_asked_while_it_trains() -> None:
     assert here.waiting_for() == ("a", "b", "c")
     here.feed(rounds.Accepted("a"), 2.0)
     assert here.awaited("a", 1) is None
-    assert here.next_deadline(2.0) == 101.0
+    assert here.next_deadline() == 101.0
 
 
 def test_weight_cannot_be_claimed_after_one_was_asked() -> None:
@@ -117,9 +117,34 @@ def test_a_buffer_wakes_for_its_next_flight_and_for_its_own_deadline(now, due) -
     here = course(ASYNC)
     here.recover(1, {(1, "a"): Flight(0, 51.0)}, [])
     here.begin(2, 1, seed=1, previous=None, now=0.0)
-    if now > 51.0:
-        here.feed(rounds.TimePassed(1), now)
-    assert here.next_deadline(now) == due
+    here.feed(rounds.TimePassed(1), now)
+    assert here.next_deadline() == due
+
+
+def test_a_deadline_that_passed_unnoticed_is_still_due() -> None:
+    # The timer may be woken by something else in the very moment of the deadline.
+    here = begun(ASYNC)
+    here.feed(rounds.CheckedIn("a", 2), 99.9)
+    here.feed(rounds.CheckedIn("b", 2), 99.9)
+    here.feed(rounds.Failed("a", 1), 100.1)
+    assert here.next_deadline() == 100.0
+
+
+def test_who_fails_between_two_buffers_flies_no_more() -> None:
+    here = course(ASYNC)
+    here.recover(1, {(1, "a"): Flight(0, 9.0), (1, "b"): Flight(0, 9.0)}, [])
+    here.feed(rounds.Failed("a", 1), 1.0)
+    assert set(here.flights) == {(1, "b")}
+
+
+def test_a_rollback_teaches_nothing_about_drop_out() -> None:
+    here = begun(SYNC)
+    for name in "abc":
+        here.feed(rounds.CheckedIn(name, 3), 1.0)
+    here.feed(rounds.Superseded(9), 2.0)
+    asked = here.devices_to_ask
+    here.end()
+    assert here.devices_to_ask == asked
 
 
 def test_a_round_waits_for_devices_when_only_they_can_move_it() -> None:

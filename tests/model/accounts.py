@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from fedge.coordinator.store import (
@@ -40,6 +41,9 @@ class Accounts:
         self._announced: dict[int, tuple[object, int]] = {}
         self._began: set[tuple[object, int]] = set()
         self._checked_receipts: dict[str, int] = {}
+        self._highest_retained: dict[str, int] = {}
+        self._details_gone: set[int] = set()
+        self._seen_counting: set[str] = set()
         self.broken: list[str] = []
 
     def close(self) -> None:
@@ -83,11 +87,27 @@ class Accounts:
             self._look_at_receipts(device)
             self._look_at_numbers(device)
 
+    def look_at_broker(self, retained: Mapping[str, bytes]) -> None:
+        """What the broker keeps for whoever comes: its numbers never go back, whoever was killed.
+
+        `retained`: payloads by topic.
+        """
+        for topic, payload in retained.items():
+            for ending, name in (("/all/version", "number"), ("/all/round", "round")):
+                if topic.endswith(ending):
+                    number = json.loads(payload)[name]
+                    assert number >= self._highest_retained.get(name, 0), f"{topic} went back"
+                    self._highest_retained[name] = number
+
+    def forget(self, device: DeviceHost) -> None:
+        """A device has lost everything: it begins anew."""
+        self._highest_active.pop(device.name, None)
+
     def look_back(self) -> None:
         """The same for all that ever was: what was settled has stayed as it was."""
         self._checked_receipts.clear()
         for number, record in self._closed.items():
-            assert self._round(number) == record, "a round that had closed was changed"
+            assert _fate(self._round(number)) == _fate(record), "a closed round was changed"
         self.look()
 
     def _look_at_versions(self) -> None:
@@ -142,12 +162,18 @@ class Accounts:
                 assert record.reason, "a round was abandoned without a reason"
                 assert record.version is None
             before = self._closed.setdefault(record.number, record)
-            assert before == record, "a round that had closed was changed"
+            assert _fate(before) == _fate(record), "a closed round was changed"
+            if not record.details_kept:
+                self._details_gone.add(record.number)
 
     def _look_at_receipts(self, device: DeviceHost) -> None:
         checked = self._checked_receipts.get(device.name, 0)
         settled = checked
         for place, seen in enumerate(device.receipts[checked:], start=checked):
+            if seen.round in self._details_gone:
+                # By the operator's wish. What counts in a version was looked at when it was made.
+                assert seen.status is ReceiptStatus.REJECTED or seen.sha256 in self._seen_counting
+                continue
             kept = self._store.participant(seen.round, seen.device)
             counts = (
                 kept is not None
@@ -161,6 +187,7 @@ class Accounts:
             assert kept is not None, f"{seen} was accepted, and is not recorded"
             assert counts, f"{seen} was accepted, and does not count"
             assert kept.counted_in is not None
+            self._seen_counting.add(seen.sha256)
             goes_into = self._round(kept.counted_in)
             if goes_into.outcome is Outcome.AGGREGATED:
                 assert self._counted.get(seen.sha256) == kept.counted_in, f"{seen} was dropped"
@@ -197,6 +224,11 @@ class Accounts:
         """The version in use on a device, -1 before the first."""
         active = _active_version(device.folder)
         return -1 if active is None else active
+
+
+def _fate(record: RoundRecord) -> RoundRecord:
+    """What never changes of a closed round; its details go by the operator's wish."""
+    return replace(record, details_kept=True)
 
 
 def _active_version(folder: Path) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 from fedge.coordinator.server_optimizer import SgdConfig, server_optimizer
 from fedge.coordinator.service import Coordinator, Plan
 from fedge.coordinator.settings import ResolvedTraining, RoundSettings, UploadSettings
-from fedge.coordinator.store import PlanRecord, Store
+from fedge.coordinator.store import PlanRecord, Retention, Store
 from fedge.coordinator.uploads import UploadDesk
 from fedge.coordinator.version_maker import VersionMaker
 from fedge.edge_agent.agent import EdgeAgent
@@ -191,6 +192,7 @@ class CoordinatorHost(Host):
 
     rounds: RoundSettings = field(default_factory=RoundSettings)
     uploads: UploadSettings = field(default_factory=UploadSettings)
+    retention: Retention | None = None
     look_again: asyncio.Event = field(default_factory=asyncio.Event)
     store: Store | None = None
 
@@ -231,6 +233,7 @@ class CoordinatorHost(Host):
             ),
             seed=1,
             look_again=self.look_again,
+            retention=self.retention,
             clock=process.loop.time,
             wall_clock=self.wall_clock,
         ).run()
@@ -381,6 +384,18 @@ class DeviceHost(Host):
             self.receipts.append(Seen(self.name, number, offer.update.sha256, status))
 
         outbox.settle = settle  # type: ignore[method-assign] -- this one object is watched
+
+    def lose_everything(self) -> None:
+        """A new SD card."""
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def damage_an_update(self) -> None:
+        """A byte of a file in the outbox is not what it was."""
+        for path in sorted((self.folder / "outbox").glob("*.safetensors")):
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.write_bytes(data)
 
     def let_go(self) -> None:
         if self.agent is not None:

@@ -16,8 +16,6 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
-import tempfile
-from pathlib import Path
 from unittest import mock
 
 from hypothesis import strategies as st
@@ -33,6 +31,7 @@ from fedge.schemas.link.protocol import Delivery
 from fedge.schemas.messages import Need
 from fedge.schemas.topics import Topics, parse
 from tests.model.profile import search
+from tests.model.scratch import scratch_folder
 from tests.model.world import World
 from tests.model.written_chunks import WrittenChunks
 
@@ -76,7 +75,7 @@ class DownloadModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="fedge-downloads-"))
+        self.folder = scratch_folder()
         self.writes = WrittenChunks()
         self.window = mock.patch.object(download, "WINDOW_CHUNKS", WINDOW)
         self.window.start()

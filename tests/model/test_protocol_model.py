@@ -25,6 +25,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import strategies as st
@@ -33,13 +34,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fedge.coordinator.export import rolled_back
 from fedge.coordinator.rounds import Mode, Strategy
 from fedge.coordinator.settings import RoundSettings, UploadSettings
-from fedge.coordinator.store import Store
+from fedge.coordinator.store import Retention, Store
 from fedge.schemas.errors import StoreUnavailable
 from fedge.schemas.link.memory import NO_FAULTS, Faults
 from tests.model.accounts import Accounts
 from tests.model.durable_steps import DurableSteps
 from tests.model.hosts import CoordinatorHost, DeviceHost, Host, prepare_store
 from tests.model.profile import search
+from tests.model.scratch import scratch_folder
 from tests.model.world import World
 
 BAD_NETWORKS = (
@@ -54,25 +56,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:R
 LONGEST_RECOVERY_S = 3600.0
 """Devices whose trainings failed rest for up to 15 minutes and a quarter, and a round that was
 abandoned is followed by one that may need as long again."""
+RESTART_S = 20.0
+"""What was killed and is wanted runs again after so long, at the latest."""
 PLACES = st.integers(0, 3)
 
 
-@dataclass(frozen=True)
-class Fleet:
-    """How many devices there are, and what the operator has configured."""
-
-    devices: int
-    rounds: RoundSettings
-    slots: int = 2
-
-
 @st.composite
-def fleets(draw: st.DrawFn) -> Fleet:
-    devices = draw(st.integers(2, 4))
+def round_settings(draw: st.DrawFn, devices: int) -> RoundSettings:
+    """What suits a fleet of so many devices."""
     goal = draw(st.integers(1, devices))
     mode = draw(st.sampled_from([Mode.SYNC, Mode.SYNC, Mode.ASYNC]))
     cyclic = mode is Mode.SYNC and draw(st.integers(0, 4)) == 0
-    rounds = RoundSettings(
+    return RoundSettings(
         goal=goal,
         quorum=draw(st.integers(1, goal)),
         gather_s=10.0,
@@ -84,14 +79,34 @@ def fleets(draw: st.DrawFn) -> Fleet:
         max_staleness=draw(st.sampled_from([0, 20])) if mode is Mode.ASYNC else 20,
         max_update_norm=1e15,
     )
-    return Fleet(devices, rounds, draw(st.integers(1, 3)))
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """How many devices there are, and what the operator has configured."""
+
+    devices: int
+    rounds: RoundSettings
+    slots: int = 2
+    retention: Retention | None = None
+
+
+@st.composite
+def fleets(draw: st.DrawFn) -> Fleet:
+    devices = draw(st.integers(2, 4))
+    return Fleet(
+        devices,
+        draw(round_settings(devices)),
+        slots=draw(st.integers(1, 3)),
+        retention=draw(st.sampled_from([None, Retention(versions=8, rounds=8)])),
+    )
 
 
 class Protocol(RuleBasedStateMachine):
     """A fleet, and its fate."""
 
     hosts: list[Host]
-    template: Path | None = None
+    template: ClassVar[tempfile.TemporaryDirectory[str] | None] = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,10 +115,10 @@ class Protocol(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 2**32 - 1), fleet=fleets())
     def begin(self, seed: int, fleet: Fleet) -> None:
         if Protocol.template is None:
-            Protocol.template = Path(tempfile.mkdtemp(prefix="fedge-template-"))
-            prepare_store(Protocol.template)
-        self.folder = Path(tempfile.mkdtemp(prefix="fedge-protocol-"))
-        shutil.copytree(Protocol.template, self.folder / "coordinator")
+            Protocol.template = tempfile.TemporaryDirectory(prefix="fedge-model-")
+            prepare_store(Path(Protocol.template.name))
+        self.folder = scratch_folder()
+        shutil.copytree(Protocol.template.name, self.folder / "coordinator")
         self.world = World(random.Random(seed))
         self.steps = DurableSteps(self.world)
         self.coordinator = CoordinatorHost(
@@ -112,6 +127,7 @@ class Protocol(RuleBasedStateMachine):
             self.world,
             rounds=fleet.rounds,
             uploads=UploadSettings(slots=fleet.slots, window=2),
+            retention=fleet.retention,
         )
         self.devices = [
             DeviceHost(f"d{i}", self.folder / f"d{i}", self.world, examples=i + 1, training_s=30.0)
@@ -141,13 +157,16 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.3, 3.0, 15.0, 40.0, 90.0]))
     def pass_time(self, seconds: float) -> None:
-        for host in self.hosts:
-            if host.wanted:
-                host.start()
-        self.world.pass_time(seconds)
-        for host in self.hosts:
-            host.look()
-            assert host.ended is None or _is_storage(host.ended), f"{host.name} has ended"
+        while seconds > 0:
+            for host in self.hosts:
+                if host.wanted:
+                    host.start()
+            self.world.pass_time(min(seconds, RESTART_S))
+            seconds -= RESTART_S
+            for host in self.hosts:
+                host.look()
+                assert host.ended is None or _is_storage(host.ended), f"{host.name} has ended"
+            self.the_books_add_up()
 
     @rule(seconds=st.sampled_from([10.0, 40.0]))
     def pass_some_more_time(self, seconds: float) -> None:
@@ -198,6 +217,12 @@ class Protocol(RuleBasedStateMachine):
         if process is not None:
             process.steps_to_live = steps
 
+    @rule(place=PLACES, callbacks=st.integers(0, 400))
+    def a_program_is_killed_amid_its_work(self, place: int, callbacks: int) -> None:
+        process = self._at(place).process
+        if process is not None:
+            process.callbacks_to_live = callbacks
+
     @rule(place=PLACES)
     def a_program_is_stopped(self, place: int) -> None:
         self._at(place).stop()
@@ -218,6 +243,20 @@ class Protocol(RuleBasedStateMachine):
     def trainings_of_a_device_fail_or_not(self, place: int, fails: bool) -> None:
         self.devices[place % len(self.devices)].fails = fails
 
+    @rule(place=PLACES, how=st.sampled_from(["its card is new", "a file is damaged"]))
+    def a_device_loses_what_it_had(self, place: int, how: str) -> None:
+        device = self.devices[place % len(self.devices)]
+        if how == "its card is new":
+            device.lose_everything()
+            self.accounts.forget(device)
+        else:
+            device.damage_an_update()
+
+    @rule(rounds=round_settings(2))
+    def the_operator_changes_the_settings(self, rounds: RoundSettings) -> None:
+        self.coordinator.rounds = rounds
+        self.coordinator.stop()
+
     @rule(back=st.integers(1, 3), told=st.booleans())
     def the_operator_rolls_back(self, back: int, told: bool) -> None:
         with Store.open(self.coordinator.folder) as store:
@@ -226,6 +265,8 @@ class Protocol(RuleBasedStateMachine):
                 return
             target = store.version(newest.number - back)
             assert target is not None
+            if not target.files_kept:
+                return
             store.record_version(rolled_back(newest, target, time.time()))
         if told:
             self.coordinator.tell_to_look_again()
@@ -239,6 +280,7 @@ class Protocol(RuleBasedStateMachine):
     def the_books_add_up(self) -> None:
         if self.hosts:
             self.accounts.look()
+            self.accounts.look_at_broker(self.world.broker.retained)
 
     def the_fleet_recovers_once_every_fault_is_healed(self) -> None:
         self.the_network_is(NO_FAULTS)
@@ -249,15 +291,14 @@ class Protocol(RuleBasedStateMachine):
             host.refuse_writes(False)
             host.wanted = True
             if host.process is not None:
-                host.process.steps_to_live = None
+                host.process.spare()
         for device in self.devices:
             device.fails = False
         self.accounts.look()
         wanted = self.accounts.versions
         ends_s = self.world.now_s + LONGEST_RECOVERY_S
         while self.world.now_s < ends_s:
-            self.pass_time(20.0)
-            self.accounts.look()
+            self.pass_time(RESTART_S)
             if min(self.accounts.active(device) for device in self.devices) >= wanted:
                 break
         else:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from fedge.schemas.errors import PeerError, StoreUnavailable
 from fedge.schemas.messages import Grant, Have, LossCurve, Offer
 from fedge.schemas.topics import Topics, parse
 from tests.model.profile import search
+from tests.model.scratch import scratch_folder
 from tests.model.virtual_time import Clock, VirtualLoop
 from tests.model.written_chunks import WrittenChunks
 
@@ -120,7 +120,7 @@ class UploadModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="fedge-uploads-"))
+        self.folder = scratch_folder()
         self.writes = WrittenChunks()
         self.clock = Clock()
         self.loop = VirtualLoop(self.clock)

@@ -28,11 +28,13 @@ class Killed(SystemExit):
 class Process:
     """One life of a simulated process: its loop, and its sessions at the broker.
 
-    `steps_to_live`: durable steps until it is killed in the middle of one, None: it is not.
-    `disk_refuses`: whether its disk is full. `on_death`: called when it was killed.
+    `steps_to_live`: durable steps until it is killed in the middle of one, None: it is not;
+    `callbacks_to_live`: the same between two callbacks. `disk_refuses`: whether its disk is full.
+    `on_death`: called when it was killed.
     """
 
     steps_to_live: int | None = None
+    callbacks_to_live: int | None = None
     disk_refuses = False
 
     def __init__(self, world: World, *, offset_s: float = 0.0, work_s: float = 0.0) -> None:
@@ -52,6 +54,17 @@ class Process:
         link = self._world.broker.link(client_id, will=will, receive_maximum=receive_maximum)
         self.links.append(link)
         return link
+
+    def spare(self) -> None:
+        """Nobody kills it any more."""
+        self.steps_to_live = self.callbacks_to_live = None
+
+    def is_due(self) -> bool:
+        """Whether it is killed before its next callback."""
+        if self.callbacks_to_live is None:
+            return False
+        self.callbacks_to_live -= 1
+        return self.callbacks_to_live < 0
 
 
 class World:
@@ -129,6 +142,8 @@ class World:
                 return
             process = ready[0] if len(ready) == 1 else self.rng.choice(ready)
             with self.as_process(process):
+                if process.is_due():
+                    raise Killed(0)
                 process.loop.run_one()
         raise AssertionError(f"{MOST_CALLBACKS} callbacks, and the clock still stands")
 

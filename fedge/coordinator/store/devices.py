@@ -19,13 +19,19 @@ class Devices:
 
     def count_refusals(self, refused: Iterable[Refusal]) -> None:
         """Counts each under its (round, device, reason), all in one transaction."""
+        # A flood is one row, and one statement, however many messages it had.
+        alike: dict[tuple[int, str, str], list[Refusal]] = {}
+        for refusal in refused:
+            key = (refusal.round or 0, refusal.device or "", refusal.reason.value)
+            alike.setdefault(key, []).append(refusal)
         with self._database.write() as connection:
-            for refusal in refused:
+            for (number, device, reason), same in alike.items():
+                refusal = same[-1]
                 statement = self._database.upsert(refusals).values(
-                    round=refusal.round or 0,
-                    device=refusal.device or "",
-                    reason=refusal.reason.value,
-                    count=1,
+                    round=number,
+                    device=device,
+                    reason=reason,
+                    count=len(same),
                     last_detail=refusal.detail,
                     last_at=refusal.at,
                 )
@@ -33,7 +39,7 @@ class Devices:
                     statement.on_conflict_do_update(
                         index_elements=["round", "device", "reason"],
                         set_={
-                            "count": refusals.c.count + 1,
+                            "count": refusals.c.count + len(same),
                             "last_detail": statement.excluded.last_detail,
                             "last_at": statement.excluded.last_at,
                         },
