@@ -102,8 +102,8 @@ def test_a_process_that_is_killed_runs_nothing_more_and_its_will_is_published(wo
 
 def test_a_loop_that_feeds_itself_is_found(world: World) -> None:
     async def spin() -> None:
-        while True:
-            await asyncio.sleep(0)  # noqa: ASYNC110 -- that is the mistake that is looked for
+        while True:  # noqa: ASYNC110 -- that is the mistake that is looked for
+            await asyncio.sleep(0)
 
     world.process().loop.begin(spin())
     with pytest.raises(AssertionError, match="the clock still stands"):

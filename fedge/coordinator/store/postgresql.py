@@ -201,9 +201,7 @@ class PostgreSql:
                     return bool(connection.execute(row).one().value == mark)
             except DBAPIError as error:
                 if not _is_passing(error) or time.monotonic() > give_up_at:
-                    # Every write that is tried again looks first whether it was done.
-                    kind = StoreUnavailable if _is_passing(error) else StoreError
-                    raise kind(
+                    raise StoreError(
                         "the coordinator's database: the connection was lost in the middle of a "
                         f"commit, and nobody says whether it happened: {error.orig}"
                     ) from error

@@ -191,8 +191,12 @@ def main() -> None:
     answers = _take_stdout()
 
     def say(answer: Answer) -> None:
-        answers.write(answer.encode())
-        answers.flush()
+        try:
+            answers.write(answer.encode())
+            answers.flush()
+        except BrokenPipeError:
+            # The agent is gone: there is nobody to answer, and nothing to tidy up.
+            os._exit(0)
 
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read_lines, args=(lines,), name="jobs", daemon=True).start()
