@@ -2,7 +2,8 @@
 
 Whoever can publish could otherwise fill the disk with names and the loop with messages. A device
 within its rate notices nothing; above it, its messages are dropped and counted, and an honest
-device says again later what had no answer. Pure; the clock is passed in.
+device says again later what had no answer. A name is taken up with the first message that can be
+read, and given up when the operator's retention forgets the device. Pure; the clock is passed in.
 """
 
 from __future__ import annotations
@@ -27,18 +28,13 @@ class Admission:
         self._limit = limit
         self._spent: dict[str, tuple[float, float]] = {}
 
-    def admit(self, device: str, now: float) -> None:
-        """Returns if the device may speak now.
+    def listen(self, device: str, now: float) -> None:
+        """Returns if a message of the device may be looked at now.
 
         Raises `PeerError` (limit_exceeded): too many devices, or too many messages of this one.
         """
         if device not in self._known:
-            if len(self._known) >= self._limit:
-                raise PeerError(
-                    RejectReason.LIMIT_EXCEEDED,
-                    f"{len(self._known)} devices are known: raise round.max_devices",
-                )
-            self._known.add(device)
+            self._check_room()
         spent, since = self._spent.get(device, (0.0, now))
         spent = max(0.0, spent - (now - since) * MESSAGES_PER_S) + 1
         if spent > BURST:
@@ -46,6 +42,23 @@ class Admission:
         self._spent[device] = (spent, now)
         if len(self._spent) > FORGET_ABOVE:
             self._forget_quiet(now)
+
+    def admit(self, device: str) -> None:
+        """Takes up the name of a device that has said something. Raises as `listen` does."""
+        if device not in self._known:
+            self._check_room()
+            self._known.add(device)
+
+    def keep_only(self, devices: Iterable[str]) -> None:
+        """Gives up every other name."""
+        self._known = set(devices)
+
+    def _check_room(self) -> None:
+        if len(self._known) >= self._limit:
+            raise PeerError(
+                RejectReason.LIMIT_EXCEEDED,
+                f"{len(self._known)} devices are known: raise round.max_devices",
+            )
 
     def _forget_quiet(self, now: float) -> None:
         busy = BURST / MESSAGES_PER_S

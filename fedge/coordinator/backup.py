@@ -27,7 +27,7 @@ from fedge import __version__
 from fedge.coordinator.store import Store, snapshot
 from fedge.coordinator.store.database import DATABASE_FILE, Database
 from fedge.coordinator.store.schema import HEAD
-from fedge.schemas.blob_files import BlobDirectory, settle
+from fedge.schemas.blob_files import BlobDirectory, disk, settle
 from fedge.schemas.errors import ConfigError, StoreError, StoreUnavailable
 from fedge.schemas.ids import Digest
 
@@ -139,14 +139,16 @@ def read_manifest(backup: Path) -> BackupManifest:
 def verify_backup(backup: Path, *, progress: Progress) -> BackupManifest:
     """Reads all of a backup again. Raises `StoreError` for the first thing that is not as it was.
 
-    Raises `ConfigError` if the folder is no backup.
+    Raises `ConfigError` if the folder is no backup, `StoreUnavailable` if it cannot be read now.
     """
     manifest = read_manifest(backup)
     database, advice = backup / DATABASE_FILE, "use another backup"
     try:
-        actual = hashlib.sha256(database.read_bytes()).hexdigest()
-    except OSError as error:
-        raise StoreError(f"cannot read {database}: {error.strerror}; {advice}") from error
+        actual = _digest_of(database)
+    except StoreUnavailable:
+        raise
+    except StoreError as error:
+        raise StoreError(f"{error}; {advice}") from error
     if actual != manifest.database_sha256:
         raise StoreError(f"{database} is not what was written; {advice}")
     for damage in snapshot.damages(database):
@@ -156,6 +158,8 @@ def verify_backup(backup: Path, *, progress: Progress) -> BackupManifest:
     for digest in manifest.blobs:
         try:
             blobs.read(digest)
+        except StoreUnavailable:
+            raise
         except StoreError as error:
             raise StoreError(f"{backup}: blob {digest} is missing or damaged; {advice}") from error
         done += 1
@@ -206,11 +210,17 @@ def _copy_files(
         made_at=now,
         newest_version=newest.number,
         newest_round=None if newest_round is None else newest_round.number,
-        database_sha256=hashlib.sha256((partial / DATABASE_FILE).read_bytes()).hexdigest(),
+        database_sha256=_digest_of(partial / DATABASE_FILE),
         blobs=sizes,
         updates=tuple(saved),
         updates_gone=len(updates) - len(saved),
     )
+
+
+def _digest_of(path: Path) -> Digest:
+    """Of a file of any size: a database may be larger than the memory."""
+    with disk(f"read {path}"), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parsed(place: str) -> AcceptedFile:

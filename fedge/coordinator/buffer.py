@@ -14,10 +14,13 @@ still (round, device), the round being the one that asked: so a device is asked 
     a flight lands, fails, expires    the first in line is asked
     goal reached                      CLOSING
     deadline, or later, with quorum   CLOSING
-    deadline without quorum           open while somebody flies: what was accepted is not thrown
-                                      away for being early
+    deadline without quorum           nobody new is asked; open while somebody flies: what was
+                                      accepted is not thrown away for being early
     … and nobody flies any more       ABANDONED: in the next round everybody may be asked again
     superseded                        ABANDONED, and every flight is called back
+
+The deadline counts from the first asking, and each flight has one deadline more at most: so from
+there a buffer ends within two deadlines, whoever is silent.
 
 Pure, as `rounds` is, whose events and commands it shares.
 """
@@ -58,7 +61,8 @@ class Flight:
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """The state. `until`: from then on a quorum is enough, in the caller's clock.
+    """The state. `until`: from then on a quorum is enough and nobody new is asked, in the caller's
+    clock; it counts anew from the first asking.
 
     `asked`: devices that were asked in this round. `waiting`: devices that are ready, first come
     first. `flights`: work under way, of this round and of earlier ones. `accepted`: what is in the
@@ -149,7 +153,7 @@ def _go_on(state: Buffer, policy: RoundPolicy, now: float) -> tuple[Buffer, Sequ
     state, commands = _ask(state, policy, now)
     if now >= state.until and state.asked and not state.flights:
         reason = (
-            f"the deadline came with {len(state.accepted)} updates and nobody is left to ask; "
+            f"the deadline came with {len(state.accepted)} updates and nobody is at work any more; "
             f"the quorum is {policy.quorum}"
         )
         return replace(state, phase=Phase.ABANDONED), (Abandon(reason),)
@@ -158,6 +162,8 @@ def _go_on(state: Buffer, policy: RoundPolicy, now: float) -> tuple[Buffer, Sequ
 
 def _ask(state: Buffer, policy: RoundPolicy, now: float) -> tuple[Buffer, Sequence[Command]]:
     """Gives the free places to those who wait longest."""
+    if state.asked and now >= state.until:
+        return state, ()
     flying = {device for _, device in state.flights}
     free = max(0, policy.concurrency - len(flying - set(state.waiting)))
     chosen = state.waiting[:free]
@@ -167,6 +173,7 @@ def _ask(state: Buffer, policy: RoundPolicy, now: float) -> tuple[Buffer, Sequen
     flights = dict(state.flights) | {(state.number, device): flight for device in chosen}
     state = replace(
         state,
+        until=state.until if state.asked else flight.until,
         flights=flights,
         asked=state.asked | set(chosen),
         waiting=state.waiting[len(chosen) :],

@@ -25,6 +25,9 @@ LITTLE_SPACE_BYTES = 200 * 1024 * 1024
 VERSIONS_OF_SPACE = 10
 """Below so many bytes, or so many times the newest version, the disk counts as nearly full."""
 
+RESTORE = "restore the newest good backup: fedge db restore PATH --replace"
+"""What to do about a damaged database."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -94,7 +97,6 @@ def check(
 
 
 def _check_database(store: Store) -> Iterator[Problem]:
-    advice = "restore the newest good backup: fedge db restore"
     with store.database.read() as connection:
         if connection.dialect.name == "postgresql":
             for setting in ("fsync", "full_page_writes"):
@@ -106,10 +108,10 @@ def _check_database(store: Store) -> Iterator[Problem]:
             return
         for (found,) in connection.execute(text("PRAGMA integrity_check")):
             if found != "ok":
-                yield Problem(f"the database is damaged: {found}", advice)
+                yield Problem(f"the database is damaged: {found}", RESTORE)
         for row in connection.execute(text("PRAGMA foreign_key_check")):
             yield Problem(
-                f"a row of {row[0]} refers to a row of {row[2]} that is not there", advice
+                f"a row of {row[0]} refers to a row of {row[2]} that is not there", RESTORE
             )
 
 
@@ -184,7 +186,7 @@ def _check_files(store: Store, names: dict[str, str], progress: Progress) -> Ite
             raise
         except StoreError as error:
             yield Problem(
-                f"the {what} is missing or damaged: {error}",
+                f"missing or damaged, the {what}: {error}",
                 "put the file back from a backup: its blobs/ has it under the same name",
             )
         progress(done, len(names))
@@ -200,8 +202,8 @@ def _check_updates(store: Store, state_dir: Path) -> Iterator[Problem]:
             # The coordinator may just have closed the round, and then removes its files.
             if update in accepted_files(store):
                 yield Problem(
-                    f"the accepted update of {update.device} in round {update.asked_in} is missing "
-                    f"or damaged: {error}",
+                    f"missing or damaged, the accepted update of {update.device} in round "
+                    f"{update.asked_in}: {error}",
                     "the round is abandoned when it closes, and says so: look at the disk",
                 )
 

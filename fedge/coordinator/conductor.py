@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from fedge.coordinator import pace, rounds
-from fedge.coordinator.buffer import Buffer, Key
+from fedge.coordinator.asking import Asking
+from fedge.coordinator.buffer import Key
 from fedge.coordinator.course import AnyRound, Awaited, Course
 from fedge.coordinator.intake import Intake, contribution_of, rejected_receipt
 from fedge.coordinator.journal import Journal
+from fedge.coordinator.latest import LatestOnly
+from fedge.coordinator.over_selection import OverSelection, decode_belief, encode_belief
 from fedge.coordinator.recovery import (
-    deliveries,
     flights_of,
     last_visited,
     resumed_buffer,
@@ -43,8 +45,8 @@ log = EventLog(__name__)
 
 LONGEST_REST_S = 60.0
 """Between an abandoned round and the next: 1 s after the first, doubling, and never more."""
-ROUNDS_TO_LEARN_FROM = 200
-"""A restart reads so many closed rounds again, to know how many devices deliver."""
+BELIEF = "over_selection"
+"""The note under which the store keeps what was learned of who delivers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,6 @@ class Conductor:
         self._workers = workers
         self._versions_limit = round_settings.versions
         self._checkins_per_s = round_settings.checkins_per_s
-        self._training = training
-        self._plan_sha256 = plan_sha256
         self._seed = seed
         self._around = around
         self._course = Course(
@@ -103,7 +103,18 @@ class Conductor:
             checkins_per_s=round_settings.checkins_per_s,
             least_spread_s=round_settings.checkin_spread_s,
         )
+        self._asking = Asking(
+            store=store,
+            workers=workers,
+            course=self._course,
+            training=training,
+            plan_sha256=plan_sha256,
+            tell=around.tell,
+            clock=around.clock,
+            wall_clock=around.wall_clock,
+        )
         self._offered: dict[Key, Digest] = {}
+        self._offers = LatestOnly(self._record_offer, around.start, "offered")
         # Set while updates can be counted; between two buffers they wait for it.
         self._counting = asyncio.Event()
         self._abandoned_in_a_row = 0
@@ -155,12 +166,15 @@ class Conductor:
         if self._course.has_failed(device) or self._offered.get(key) == offer.update.sha256:
             return
         self._offered[key] = offer.update.sha256
+        self._offers.put(device, offer)
+
+    async def _record_offer(self, device: str, offer: messages.Offer) -> None:
         at = self._around.wall_clock()
 
         def record() -> None:
             self._store.record_offer(offer.round, device, contribution_of(offer), at=at)
 
-        self._around.start(self._workers.durable(record), f"offered-{device}")
+        await self._workers.durable(record)
 
     def training_failed(self, device: str, asked_in: int | None, detail: str) -> None:
         """A device says that no update will come. Raises `PeerError` if nobody asked it."""
@@ -229,6 +243,9 @@ class Conductor:
         )
         if counted_in == self.round_number:
             self._feed(rounds.Accepted(device, offer.round))
+        elif self._course.policy.mode is Mode.ASYNC:
+            # Its buffer is full and closed already: no other counts it, and its place is free.
+            self._feed(rounds.Failed(device, offer.round))
         return others
 
     async def adopt_newest(self) -> None:
@@ -268,8 +285,8 @@ class Conductor:
         now, wall_now = self._around.clock(), self._around.wall_clock()
         last = store.newest_round()
         flights = flights_of(store, newest, policy, now, wall_now)
-        seen = deliveries(store.recent_rounds(ROUNDS_TO_LEARN_FROM))
-        self._course.recover(0 if last is None else last.number, flights, seen)
+        number = 0 if last is None else last.number
+        self._course.recover(number, flights, self._kept_belief())
         resumed: AnyRound | None = None
         for record in store.open_rounds():
             if record.base != newest:
@@ -287,6 +304,14 @@ class Conductor:
                 continue
             store.abandon_round(record.number, reason, at=wall_now)
         return resumed
+
+    def _kept_belief(self) -> OverSelection | None:
+        text = self._store.note(BELIEF)
+        try:
+            return None if text is None else decode_belief(text)
+        except ValueError as error:
+            log.warning("note_not_understood", note=BELIEF, reason=str(error))
+            return None
 
     def take_up(self) -> None:
         """Goes on with the round that `recover` found, now that messages can be sent.
@@ -386,46 +411,18 @@ class Conductor:
             return
         again = [c for c in turn.commands if isinstance(c, rounds.Assign)]
         for command in again:
-            self._around.start(self._assign_again(turn.state, command), "assign-again")
+            lost = self._asking.assign_again(turn.state, command.devices)
+            self._around.start(lost, "assign-again")
 
     async def _ask(self, state: AnyRound, asked: frozenset[str]) -> None:
-        if not await self._workers.insist(lambda: self._record_asked(state, asked)):
-            log.warning("round_ended_before_it_was_asked", round=state.number)
-            return
-        if isinstance(state, Round):
-            log.info("round_training", round=state.number, base=state.base, cohort=len(asked))
-        self._act(state, rounds.Assign(tuple(sorted(asked))))
-        if isinstance(state, Round):
+        if await self._asking.ask(state, asked) and isinstance(state, Round):
             self._around.publish()
-
-    async def _assign_again(self, state: AnyRound, command: rounds.Assign) -> None:
-        recorded = await self._workers.durable(
-            lambda: {p.device for p in self._store.participants(state.number)}
-        )
-        # Who is not in the record yet is told when it is.
-        known = tuple(device for device in command.devices if device in recorded)
-        self._act(state, rounds.Assign(known))
-
-    def _record_asked(self, state: AnyRound, asked: frozenset[str]) -> bool:
-        """False if the round has its outcome: the disk was full until after its deadline."""
-        if all(record.number != state.number for record in self._store.open_rounds()):
-            return False
-        at, now = self._around.wall_clock(), self._around.clock()
-        if isinstance(state, Round):
-            until = at + max(0.0, state.until - now)
-            self._store.record_assignment(state.number, sorted(asked), train_until=until, at=at)
-        else:
-            until = at + self._course.policy.deadline_s
-            for device in sorted(asked):
-                self._store.record_asked(state.number, device, base=state.base, until=until, at=at)
-        return True
 
     def _act(self, state: AnyRound, command: rounds.Command) -> None:
         tell = self._around.tell
         match command:
             case rounds.Assign(devices):
-                for device in devices:
-                    tell(device, self._assignment(state, device))
+                self._asking.assign(state, devices)
             case rounds.Defer(devices, after_s):
                 rate = self._checkins_per_s
                 spread_s = pace.return_spread_s(len(devices), after_s, checkins_per_s=rate)
@@ -449,31 +446,9 @@ class Conductor:
         # Slots may be free now.
         self._around.wake()
         if self._course.policy.mode is Mode.ASYNC:
-            at = self._around.wall_clock()
-            self._around.start(
-                self._workers.insist(lambda: self._store.silence(asked_in, devices, at=at)),
-                f"silence-{asked_in}",
-            )
+            self._around.start(self._asking.silence(asked_in, devices), f"silence-{asked_in}")
 
-    def _assignment(self, state: AnyRound, device: str) -> messages.Assignment:
-        training, until = self._training, state.until
-        if isinstance(state, Buffer):
-            flight = state.flights.get((state.number, device))
-            until = until if flight is None else flight.until
-        return messages.Assignment(
-            round=state.number,
-            base=state.base,
-            plan_sha256=self._plan_sha256,
-            deadline_s=max(0.0, until - self._around.clock()),
-            seed=rounds.device_seed(state.seed, device),
-            batch_size=training.batch_size,
-            learning_rate=training.learning_rate,
-            local_epochs=training.local_epochs,
-            local_steps=training.local_steps,
-            proximal_mu=training.proximal_mu,
-        )
-
-    async def _accept(self, upload: Upload) -> tuple[int, messages.Receipt]:
+    async def _accept(self, upload: Upload) -> tuple[int | None, messages.Receipt]:
         if self._course.policy.mode is Mode.ASYNC:
             # An update that comes while a version is made goes into the next buffer.
             while not self._counting.is_set():
@@ -483,8 +458,7 @@ class Conductor:
         number, asked_in = self.round_number, upload.offer.round
         if number is None or self.awaited(upload.device, asked_in) is None:
             raise PeerError(RejectReason.LATE, f"round {asked_in} has closed")
-        receipt = await self._workers.durable(lambda: self._intake.finish(upload, number))
-        return number, receipt
+        return await self._workers.durable(lambda: self._intake.finish(upload, number))
 
     # ------------------------------------------------------------ endings
 
@@ -525,10 +499,13 @@ class Conductor:
         await self.adopt_newest()
 
     async def _end_round(self, state: AnyRound) -> None:
-        asked_before = self._course.devices_to_ask
+        asked_before, believed_before = self._course.devices_to_ask, self._course.belief
         self._course.end()
         if self._course.devices_to_ask != asked_before:
             log.info("over_selection", ask=self._course.devices_to_ask, before=asked_before)
+        if self._course.belief != believed_before:
+            text = encode_belief(self._course.belief)
+            await self._workers.insist(lambda: self._store.keep_note(BELIEF, text))
         flying = self._course.flights
         self._offered = {key: sha for key, sha in self._offered.items() if key in flying}
         if isinstance(state, Round):

@@ -8,7 +8,7 @@ store, no broker, no clock of its own; `now` is the machines' clock in seconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedge.coordinator import buffer, pace, rounds
@@ -51,8 +51,8 @@ class Course:
         self._checkins_per_s = checkins_per_s
         self._least_spread_s = least_spread_s
         self._flights: Mapping[Key, Flight] = {}
-        self._claims: dict[str, int] = {}
-        self._belief = OverSelection()
+        self._claims: dict[Key, int] = {}
+        self.belief = OverSelection()
         self._interrupted = False
         self._time_was = -math.inf
         self.round: AnyRound | None = None
@@ -76,11 +76,12 @@ class Course:
         if isinstance(state, Round):
             training = state.phase is Phase.TRAINING and asked_in == state.number
             if training and device in state.cohort - state.accepted:
-                return Awaited(state.base, self._claims.get(device))
+                return Awaited(state.base, self._claims.get((asked_in, device)))
             return None
         # Between two buffers, too: an update waits for the next one to open.
         flight = self.flights.get((asked_in, device))
-        return None if flight is None else Awaited(flight.base, self._claims.get(device))
+        claim = self._claims.get((asked_in, device))
+        return None if flight is None else Awaited(flight.base, claim)
 
     def is_foreign(self, device: str, asked_in: int) -> bool:
         """Whether a device speaks of the open round without having been asked in it."""
@@ -167,12 +168,14 @@ class Course:
 
     # ------------------------------------------------------------ going on
 
-    def recover(self, number: int, flights: Mapping[Key, Flight], seen: Iterable[Delivery]) -> None:
-        """What the store says of earlier rounds: the last number, the flights, who delivered."""
+    def recover(
+        self, number: int, flights: Mapping[Key, Flight], belief: OverSelection | None = None
+    ) -> None:
+        """What the store says of earlier rounds: the last number, the flights, who delivers."""
         self.last_number = number
         self._flights = flights
-        for delivery in seen:
-            self._belief = learned(self._belief, delivery, self.policy.over_selection)
+        if belief is not None:
+            self.belief = belief
 
     def resume(self, state: AnyRound) -> None:
         """Goes on with a round that the store says is open.
@@ -203,13 +206,15 @@ class Course:
     @property
     def devices_to_ask(self) -> int:
         """How many the next synchronous round asks, by what past rounds have shown."""
-        return devices_to_ask(self._belief, self.policy.goal, self.policy.over_selection)
+        return devices_to_ask(self.belief, self.policy.goal, self.policy.over_selection)
 
     def claims(self, device: str, examples: int) -> None:
         """What a device that checks in says it has; only while it may still be asked."""
-        state = self.round
-        if isinstance(state, Buffer) or (state is not None and state.phase is Phase.GATHERING):
-            self._claims[device] = examples
+        match self.round:
+            case Round(phase=Phase.GATHERING) as state:
+                self._claims[state.number, device] = examples
+            case Buffer() as state if device not in state.asked:
+                self._claims[state.number, device] = examples
 
     def feed(self, event: rounds.Event, now: float) -> Turn | None:
         """The machine's answer to an event, None between two rounds."""
@@ -238,11 +243,12 @@ class Course:
         state = self.round
         if isinstance(state, Buffer):
             self._flights = state.flights
+            self._claims = {key: n for key, n in self._claims.items() if key in state.flights}
         elif state is not None:
             cyclic = self.policy.strategy is Strategy.CYCLIC
             if state.cohort and not cyclic and not self._interrupted:
                 seen = Delivery(len(state.cohort), len(state.accepted), self.policy.goal)
-                self._belief = learned(self._belief, seen, self.policy.over_selection)
+                self.belief = learned(self.belief, seen, self.policy.over_selection)
             self._claims.clear()
         self.round = None
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fedge.coordinator.command_options import config_option, json_option
+from fedge.schemas.errors import StoreError, StoreUnavailable
 from fedge.schemas.process import EXIT_FAILED
 
 if TYPE_CHECKING:
@@ -57,10 +58,20 @@ def check(config_path: Path, as_json: bool) -> None:
     from fedge.coordinator.settings import load  # noqa: PLC0415 -- as above
 
     settings = load(config_path)
-    with _store(settings) as store, _progress("checked") as progress:
-        found = checkup.check(
-            store, settings.state_dir, settings.retention.wish, now=time.time(), progress=progress
-        )
+    try:
+        with _store(settings) as store, _progress("checked") as progress:
+            found = checkup.check(
+                store,
+                settings.state_dir,
+                settings.retention.wish,
+                now=time.time(),
+                progress=progress,
+            )
+    except StoreUnavailable:
+        raise
+    except StoreError as error:
+        # So damaged that nothing else can be said of it.
+        raise StoreError(f"{error}; {checkup.RESTORE}") from error
     if as_json:
         click.echo(json.dumps({"ok": not found.problems} | dataclasses.asdict(found), indent=2))
     else:
@@ -109,8 +120,8 @@ def backup(path: Path, config_path: Path, as_json: bool) -> None:
 @click.option(
     "--replace",
     is_flag=True,
-    help="If there is a state, move it aside, into a folder replaced-… in state_dir, and on "
-    "PostgreSQL into a schema of that name. Nothing of it is deleted.",
+    help="If there is a state, replace it. All of it is kept: in a folder replaced-… in state_dir, "
+    "and tables of PostgreSQL in a schema of that name. Delete both when you are sure.",
 )
 @click.option(
     "--gap",
@@ -132,7 +143,8 @@ def restore(path: Path, config_path: Path, as_json: bool, replace: bool, gap: in
 
     Exit status: 0 done, 1 failed, 2 asked wrongly.
     """
-    from fedge.coordinator.restore import Place, restore_backup  # noqa: PLC0415 -- as above
+    from fedge.coordinator.old_state import Place  # noqa: PLC0415 -- see the top of the file
+    from fedge.coordinator.restore import restore_backup  # noqa: PLC0415 -- as above
     from fedge.coordinator.settings import load  # noqa: PLC0415 -- as above
 
     settings = load(config_path)
@@ -155,6 +167,7 @@ def restore(path: Path, config_path: Path, as_json: bool, replace: bool, gap: in
         "round": done.round,
         "abandoned": done.abandoned,
         "replaced": done.replaced,
+        "damage": done.damage,
     }
     if as_json:
         click.echo(json.dumps(facts, indent=2))
@@ -170,6 +183,12 @@ def restore(path: Path, config_path: Path, as_json: bool, replace: bool, gap: in
         click.echo(f"the old state is in {settings.state_dir / done.replaced}")
         if settings.store.database is not None:
             click.echo(f"and its tables are in the schema {done.replaced}")
+    if done.damage is not None:
+        click.echo(
+            f"the old state is damaged ({done.damage}), so how far its numbers had gone is not "
+            f"known: if more than {gap} versions or rounds were made since the backup, restore "
+            "again with a larger --gap"
+        )
     click.echo("start `fedge serve`: it publishes that version")
 
 

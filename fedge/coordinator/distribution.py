@@ -7,6 +7,7 @@ found and taken back. Announcements and rounds are others' business.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -40,6 +41,8 @@ class Distribution:
         self._wanted: tuple[BlobRef, ...] = ()
         self._noted: set[Digest] = set()
         self._repeated_at: dict[Digest, float] = {}
+        # A rollback may want a blob again that is being taken back.
+        self._one_at_a_time = asyncio.Lock()
 
     async def bring(self, version: VersionRecord) -> None:
         """Returns when every blob of the version is on the broker.
@@ -47,8 +50,9 @@ class Distribution:
         Raises `LinkError` if the broker refuses one, `StoreError` if one cannot be read or noted.
         """
         self._wanted = (*self._plan_blobs, version.weights, version.golden)
-        await self._note(self._wanted)
-        await self._publisher.seed(self._wanted)
+        async with self._one_at_a_time:
+            await self._note(self._wanted)
+            await self._publisher.seed(self._wanted)
 
     async def clear_before(self, newest: VersionRecord) -> None:
         """Takes back everything but the two newest versions and the plan."""
@@ -60,12 +64,13 @@ class Distribution:
             if one is not None:
                 kept |= {one.weights.sha256, one.golden.sha256}
         for sha256, chunk_count in retained.items():
-            # `_wanted`: meanwhile a newer version may be on its way to the broker.
-            if sha256 in kept or any(ref.sha256 == sha256 for ref in self._wanted):
-                continue
-            await self._publisher.clear(sha256, chunk_count)
-            await self._workers.durable(partial(self._store.forget_retained, [sha256]))
-            self._noted.discard(sha256)
+            async with self._one_at_a_time:
+                # `_wanted`: meanwhile a newer version may be on its way to the broker.
+                if sha256 in kept or any(ref.sha256 == sha256 for ref in self._wanted):
+                    continue
+                await self._publisher.clear(sha256, chunk_count)
+                await self._workers.durable(partial(self._store.forget_retained, [sha256]))
+                self._noted.discard(sha256)
 
     async def repeat(self, sha256: Digest, missing: ChunkSet) -> None:
         """Publishes chunks that a device did not find, if they belong to the newest version.

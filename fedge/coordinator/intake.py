@@ -78,30 +78,36 @@ class Intake:
             f"round {offer.round} is not open for it; {there_is}",
         )
 
-    def finish(self, upload: Upload, counted_in: int) -> Receipt:
+    def finish(self, upload: Upload, counted_in: int) -> tuple[int | None, Receipt]:
         """Verifies and records a complete upload, durably; the receipt may be sent then.
 
-        `counted_in`: the round into whose version it goes. Raises `PeerError` with the reason if
-        the update is refused; its file is gone then. Raises `StoreUnavailable` if it cannot be
-        kept now: nothing is decided then, and what has arrived stays.
+        `counted_in`: the round into whose version it goes. Returns that round, or the one in which
+        it was counted before, if the database was lost in the moment of a commit that it had done.
+        Raises `PeerError` with the reason if the update is refused; its file is gone then. Raises
+        `StoreUnavailable` if it cannot be kept now: nothing is decided then, and what has arrived
+        stays.
         """
         offer = upload.offer
         path = upload.part.commit()
         try:
             validate_update(path, self._manifest, self._max_update_norm)
-            self._store.record_accepted(
+            fresh = self._store.record_accepted(
                 offer.round,
                 upload.device,
                 contribution_of(offer),
                 at=self._wall_clock(),
                 counted_in=counted_in,
             )
+            if not fresh:
+                receipt = self.settled(upload.device, offer, counted_in)
+                known = self._store.participant(offer.round, upload.device)
+                return None if known is None else known.counted_in, receipt
         except PeerError:
             with contextlib.suppress(OSError):
                 # Left where it is, it goes with its round's folder.
                 path.unlink(missing_ok=True)
             raise
-        return accepted_receipt(offer)
+        return counted_in, accepted_receipt(offer)
 
     def accepted_updates(self, round_number: int, base: int) -> list[AcceptedUpdate]:
         """What goes into the version of this round, in the order of device names.

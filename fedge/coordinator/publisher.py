@@ -93,7 +93,8 @@ class Publisher:
         for ref in refs:
             if ref.sha256 not in self._seeded:
                 generation = self._generation
-                await self._each(ref.sha256, range(ref.chunk_count), self._chunk_reader(ref))
+                read = await self._chunk_reader(ref)
+                await self._each(ref.sha256, range(ref.chunk_count), read)
                 if generation == self._generation:
                     self._seeded.add(ref.sha256)
 
@@ -113,7 +114,7 @@ class Publisher:
             done: set[int] = set()
             while wanted := [i for i in range(ref.chunk_count) if i in missing and i not in done]:
                 log.info("chunks_repeated", sha256=ref.sha256[:12], chunks=len(wanted))
-                await self._each(ref.sha256, wanted, self._chunk_reader(ref))
+                await self._each(ref.sha256, wanted, await self._chunk_reader(ref))
                 done.update(wanted)
         finally:
             del self._repeating[ref.sha256]
@@ -123,8 +124,9 @@ class Publisher:
         self._seeded.discard(sha256)
         await self._each(sha256, range(chunk_count), lambda _: b"")
 
-    def _chunk_reader(self, ref: BlobRef) -> Callable[[int], bytes]:
-        path = self._blobs.path(ref.sha256)
+    async def _chunk_reader(self, ref: BlobRef) -> Callable[[int], bytes]:
+        # It may have to be fetched from another place first.
+        path = await asyncio.to_thread(self._blobs.path, ref.sha256)
         return lambda index: read_chunk(path, ref, index)
 
     async def _each(

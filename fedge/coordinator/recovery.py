@@ -6,12 +6,11 @@ that was set back meanwhile must not prolong them, so none is further away than 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 
 from fedge.coordinator.buffer import Buffer, Flight, Key
-from fedge.coordinator.over_selection import Delivery
 from fedge.coordinator.rounds import Mode, Phase, Round, RoundPolicy
-from fedge.coordinator.store import ParticipantStatus, RoundRecord, RoundSummary, Store
+from fedge.coordinator.store import ParticipantStatus, RoundRecord, Store
 from fedge.schemas.messages import RoundPhase
 
 GRACE_S = 15.0
@@ -31,7 +30,7 @@ def resumed_round(
     """The synchronous round of `record` with who was asked, accepted and refused.
 
     `now`: the round machine's clock; `wall_now`: seconds since the epoch, as the record's times.
-    Who had checked in is not kept: devices say it again when the round is announced again.
+    Who had checked in is not kept: the round gathers anew when it is announced again.
     """
     participants = store.participants(record.number)
     training = record.phase is RoundPhase.TRAINING
@@ -43,7 +42,8 @@ def resumed_round(
         number=record.number,
         base=record.base,
         seed=record.seed,
-        until=now + _left(until, wall_now, longest, grace_s=GRACE_S if training else 0.0),
+        # Who had checked in is not kept: they need the whole time to do it again.
+        until=now + _left(until, wall_now, longest, grace_s=GRACE_S if training else longest),
         phase=Phase.TRAINING if training else Phase.GATHERING,
         cohort=frozenset(p.device for p in participants),
         accepted=frozenset(accepted),
@@ -62,13 +62,16 @@ def resumed_buffer(
     wall_now: float,
 ) -> Buffer:
     """The asynchronous round of `record`, with what is in its buffer and what is under way."""
+    participants = store.participants(record.number)
+    opened_until = record.opened_at + policy.deadline_s
+    # Its deadline is that of whom it asked first.
+    until = min((p.until for p in participants if p.until is not None), default=opened_until)
     return Buffer(
         number=record.number,
         base=record.base,
         seed=record.seed,
-        until=now
-        + _left(record.opened_at + policy.deadline_s, wall_now, policy.deadline_s, grace_s=GRACE_S),
-        asked=frozenset(p.device for p in store.participants(record.number)),
+        until=now + _left(until, wall_now, policy.deadline_s, grace_s=GRACE_S),
+        asked=frozenset(p.device for p in participants),
         flights=flights,
         accepted=frozenset((p.round, p.device) for p in store.accepted_in(record.number)),
     )
@@ -77,16 +80,18 @@ def resumed_buffer(
 def flights_of(
     store: Store, newest: int, policy: RoundPolicy, now: float, wall_now: float
 ) -> dict[Key, Flight]:
-    """The work that is under way in asynchronous mode; what is too late or stale is let go of.
+    """The work that is under way in asynchronous mode; what is not wanted any more is let go of.
 
-    In synchronous mode there is none.
+    That is what is too late, too stale, or made from a version that a rollback has taken back. In
+    synchronous mode there is none.
     """
     wanted: dict[Key, Flight] = {}
     given_up: dict[int, list[str]] = {}
-    for p in store.in_flight():
+    flying = store.in_flight()
+    oldest = _oldest_wanted_base(store, newest, policy) if flying else 0
+    for p in flying:
         late = (p.until or 0.0) + GRACE_S < wall_now
-        fresh = p.base is not None and newest - p.base <= policy.max_staleness
-        if p.base is None or not fresh or late or policy.mode is not Mode.ASYNC:
+        if p.base is None or p.base < oldest or late or policy.mode is not Mode.ASYNC:
             given_up.setdefault(p.round, []).append(p.device)
         else:
             left_s = _left(p.until, wall_now, policy.deadline_s, grace_s=GRACE_S)
@@ -96,19 +101,19 @@ def flights_of(
     return wanted
 
 
-def deliveries(closed: Iterable[RoundSummary]) -> Iterator[Delivery]:
-    """What past synchronous rounds showed about how many deliver, oldest first."""
-    for summary in closed:
-        if summary.mode == Mode.SYNC.value and summary.cohort:
-            yield Delivery(summary.cohort, summary.accepted, summary.goal)
+def _oldest_wanted_base(store: Store, newest: int, policy: RoundPolicy) -> int:
+    oldest = max(0, newest - policy.max_staleness)
+    for number in range(newest, oldest, -1):
+        version = store.version(number)
+        if version is not None and version.round is None:
+            # No round made it: it is a rollback, and what came before belongs to another line.
+            return number
+    return oldest
 
 
 def last_visited(store: Store, number: int) -> str | None:
     """The device that the last cyclic round before `number` asked, None before the first."""
-    for earlier in range(number - 1, 0, -1):
-        for participant in store.participants(earlier):
-            return participant.device
-    return None
+    return store.last_participant_before(number)
 
 
 def _left(until: float | None, wall_now: float, longest_s: float, *, grace_s: float) -> float:

@@ -1,12 +1,15 @@
-"""Restoring a backup: into an empty state, or beside the old one, which is moved away and kept.
+"""Restoring a backup: into an empty state, or in the place of an old one, of which all is kept.
 
 Numbers never go back: devices ignore versions and rounds numbered at or below what they have seen,
 and since the backup the coordinator may have published more of both. So work goes on above a gap:
 the newest version is recorded again with a higher number, and an abandoned round marks where the
 numbers of rounds continue. What was open is abandoned, with the reason; nothing is recounted.
 
-The new state is made beside the old one and complete before anything is moved. A crash leaves
-either the old state, or none with the old one in `replaced-…` and the backup to be restored again.
+The new state is complete beside the old one before it takes its place, in one step: the database
+is renamed, or a server's tables change in one transaction. Files are only added before that, since
+blobs have the names of their bytes, and what the new state does not name is left for the next
+coordinator to sweep. So a crash leaves the old state or the new one, whole, and a restore that is
+run again finds either. The old one is in `replaced-…` from just before that step.
 """
 
 from __future__ import annotations
@@ -14,31 +17,38 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, delete, func, insert, select, text, true, update
+from sqlalchemy import delete, insert, select, text, true, update
 from sqlalchemy.schema import CreateSchema
 
 from fedge.coordinator.backup import (
     BLOBS,
-    UPLOADS,
     BackupManifest,
     Progress,
     sync_folder,
     verify_backup,
 )
+from fedge.coordinator.old_state import (
+    LOG_FILE,
+    OldState,
+    Place,
+    keep_old_state,
+    read_old_state,
+    settle_in,
+)
 from fedge.coordinator.store import Outcome, ParticipantStatus, RoundRecord, schema, snapshot
-from fedge.coordinator.store.database import DATABASE_FILE, Database, sqlite_url
+from fedge.coordinator.store.database import DATABASE_FILE, Database
 from fedge.coordinator.store.queries import UNANSWERED, close_round, version_numbered
 from fedge.coordinator.store.rows import round_values, version_values
 from fedge.coordinator.store.tables import devices, facts, metadata, participants, rounds, versions
 from fedge.schemas.blob_files import BlobDirectory
-from fedge.schemas.errors import ConfigError, FedgeError, StoreError, StoreUnavailable
+from fedge.schemas.errors import ConfigError, StoreError, StoreUnavailable
 from fedge.schemas.ids import Digest
 from fedge.schemas.messages import RoundPhase
 from fedge.schemas.state_lock import StateLock
@@ -49,16 +59,7 @@ if TYPE_CHECKING:
 DEFAULT_GAP = 1000
 
 _MAKING = ".restoring-"
-_SQLITE_FILES = (DATABASE_FILE, f"{DATABASE_FILE}-wal", f"{DATABASE_FILE}-shm")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a state lies or shall lie. `database`, `blobs`: URLs, None for the state folder."""
-
-    state_dir: Path
-    database: str | None = None
-    blobs: str | None = None
+_ASIDE = "replaced"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +67,16 @@ class Restored:
     """What was done. `version`, `round`: the numbers above which work goes on.
 
     `abandoned`: the rounds that were open. `replaced`: the name of the folder, and on PostgreSQL of
-    the schema, that holds the old state now; None if there was none.
+    the schema, that holds the old state now; None if there was none. `damage`: why the old state
+    did not say how far its numbers had gone; None if it did.
     """
 
     manifest: BackupManifest
     version: int
     round: int
     abandoned: tuple[int, ...]
-    replaced: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class OldState:
-    """What is known of the state that is replaced: its newest numbers, its mark on its blobs."""
-
-    version: int = 0
-    round: int = 0
-    blobs_owner: str | None = None
+    replaced: str | None = None
+    damage: str | None = None
 
 
 def restore_backup(
@@ -97,10 +91,11 @@ def restore_backup(
 ) -> Restored:
     """Makes the state at `place` from a backup. Its next coordinator goes on from there.
 
-    `replace`: a state that is there is moved aside. `gap`: how many versions and rounds may have
-    been published since the backup was made.
+    `replace`: a state that is there is replaced, and kept aside. `gap`: how many versions and
+    rounds may have been published since the backup was made.
     Raises `ConfigError` if a coordinator serves, if there is a state and `replace` is False, or if
-    the backup is another population's; `StoreError` if the backup is damaged or the disk refuses.
+    the backup is another population's; `StoreError` if the backup is damaged or the disk refuses;
+    `StoreUnavailable` also while the state that is there cannot be read: its numbers must be known.
     """
     manifest = verify_backup(backup, progress=progress)
     if manifest.population != population:
@@ -113,9 +108,10 @@ def restore_backup(
         with StateLock(place.state_dir, "coordinator"), _folder_in(place.state_dir) as made:
             return _restore(backup, manifest, place, made, replace=replace, gap=gap, now=now)
     except OSError as error:
+        # Where many files were refused, the error has their names and no word of the system.
         raise StoreUnavailable(
-            f"cannot restore into {place.state_dir}: {error.strerror}; what was there is there, or "
-            "in the folder replaced-… beside"
+            f"cannot restore into {place.state_dir}: {error.strerror or error}; the state that was "
+            "there is still in use, or it is complete in a folder replaced-…: restore again"
         ) from error
 
 
@@ -133,64 +129,32 @@ def _restore(
     if place.database is not None:
         target = Database(place.database, serve=True, as_it_is=True)
     try:
-        old = _old_state(place, target)
+        old = read_old_state(place, target)
         if old is not None and not replace:
             raise ConfigError(
-                f"there is a state in {place.database or place.state_dir}: with --replace it is "
-                "moved aside and kept"
+                f"there is a state in {place.database or place.state_dir} already; with --replace "
+                "this backup takes its place, and all of it is kept"
             )
         fresh = made / DATABASE_FILE
         shutil.copyfile(backup / DATABASE_FILE, fresh)
         restored = _continue_above(fresh, manifest, old or OldState(), gap=gap, now=now)
-        aside = f"replaced-{datetime.fromtimestamp(now, UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
-        _bring_blobs(
-            backup, manifest, place, fresh=fresh, old=old, made=made, aside=place.state_dir / aside
-        )
-        # From here on there are only renames, and one transaction.
+        kept = made / _ASIDE
+        name = f"replaced-{datetime.fromtimestamp(now, UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
         if old is not None:
-            kept = (UPLOADS, *_SQLITE_FILES) if place.blobs else (BLOBS, UPLOADS, *_SQLITE_FILES)
-            _move(place.state_dir, place.state_dir / aside, kept)
-            restored = dataclasses.replace(restored, replaced=aside)
-        if place.blobs is None:
-            _move(made / BLOBS, place.state_dir / BLOBS, manifest.blobs)
+            keep_old_state(place, old, kept)
+            restored = dataclasses.replace(restored, replaced=name, damage=old.damage)
+        _bring_blobs(backup, manifest, place, fresh=fresh, old=old, aside=kept)
+        if kept.exists():
+            settle_in(kept, place.state_dir / name)
+        # Until here it is the old state, whole; after the next call it is the new one.
         if target is None:
-            _move(made, place.state_dir, [DATABASE_FILE])
+            _put_in_place(fresh, place.state_dir)
         else:
-            _fill(target, fresh, aside if old is not None else None)
+            _fill(target, fresh, restored.replaced)
     finally:
         if target is not None:
             target.close()
     return restored
-
-
-def _old_state(place: Place, target: Database | None) -> OldState | None:
-    """What the state that is there knows; None if there is none. Damage makes it know nothing."""
-    if target is not None:
-        with target.read() as connection:
-            if schema.revision_of(connection) is None:
-                return None
-            return _read_old(connection)
-    if not (place.state_dir / DATABASE_FILE).exists():
-        return None
-    try:
-        database = Database(sqlite_url(place.state_dir), as_it_is=True)
-        try:
-            with database.read() as connection:
-                return _read_old(connection)
-        finally:
-            database.close()
-    except FedgeError:
-        return OldState()
-
-
-def _read_old(connection: Connection) -> OldState:
-    # In words that every schema understands.
-    owner = connection.scalar(select(facts.c.value).where(facts.c.name == "blobs_owner"))
-    return OldState(
-        connection.scalar(select(func.max(versions.c.number))) or 0,
-        connection.scalar(select(func.max(rounds.c.number))) or 0,
-        owner,
-    )
 
 
 def _continue_above(
@@ -244,7 +208,7 @@ def _continue_above(
     finally:
         database.close()
     snapshot.seal(path)
-    return Restored(manifest, version.number, mark.number, tuple(abandoned), None)
+    return Restored(manifest, version.number, mark.number, tuple(abandoned))
 
 
 def _bring_blobs(
@@ -254,13 +218,15 @@ def _bring_blobs(
     *,
     fresh: Path,
     old: OldState | None,
-    made: Path,
     aside: Path,
 ) -> None:
-    """Puts the blobs of the backup beside the state's, or into the other place."""
+    """Puts the blobs of the backup beside the old ones, of which none goes.
+
+    `aside`: gets those of another place that the next coordinator would delete there.
+    """
     saved = BlobDirectory(backup / BLOBS)
     if place.blobs is None:
-        folder = BlobDirectory(made / BLOBS)
+        folder = BlobDirectory(place.state_dir / BLOBS)
         for digest in manifest.blobs:
             folder.put(saved.read(digest))
         return
@@ -309,6 +275,16 @@ def _copy_if_whole(there: RemoteBlobs, digest: Digest, folder: Path) -> None:
     BlobDirectory(folder).put(data)
 
 
+def _put_in_place(fresh: Path, state_dir: Path) -> None:
+    """Makes `fresh` the database of a state folder."""
+    # An old log that is still there is of a damaged database: it must not be played into this one.
+    for name in (LOG_FILE, f"{DATABASE_FILE}-shm"):
+        (state_dir / name).unlink(missing_ok=True)
+    sync_folder(state_dir)
+    fresh.replace(state_dir / DATABASE_FILE)
+    sync_folder(state_dir)
+
+
 def _fill(target: Database, fresh: Path, aside: str | None) -> None:
     """Replaces the tables of a server, in one transaction; the old ones go to schema `aside`."""
     source = Database(snapshot.file_url(fresh))
@@ -321,18 +297,14 @@ def _fill(target: Database, fresh: Path, aside: str | None) -> None:
                         connection.execute(text(f'ALTER TABLE {table} SET SCHEMA "{aside}"'))
             schema.upgrade(connection)
             snapshot.copy_rows(rows, connection)
+    except StoreUnavailable as error:
+        # Not "nothing was changed": the answer to the commit may be what was lost.
+        raise StoreError(
+            f"{error}; the database holds the old state or the new one, each with all of its files:"
+            " restore again"
+        ) from error
     finally:
         source.close()
-
-
-def _move(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Renames those of `names` that are there, durably."""
-    target.mkdir(mode=0o700, exist_ok=True)
-    for name in names:
-        with suppress(FileNotFoundError):
-            (source / name).replace(target / name)
-    for folder in (target, source, target.parent):
-        sync_folder(folder)
 
 
 @contextmanager

@@ -12,19 +12,22 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedge.coordinator.admission import Admission
+from fedge.coordinator.aftercare import Aftercare
 from fedge.coordinator.conductor import Conductor, Surroundings
 from fedge.coordinator.distribution import Distribution
 from fedge.coordinator.intake import Intake
 from fedge.coordinator.journal import Journal
+from fedge.coordinator.latest import LatestOnly
 from fedge.coordinator.postbox import Postbox
 from fedge.coordinator.presence import PresenceDesk
-from fedge.coordinator.publisher import Publisher, announcement_of, plan_blobs
+from fedge.coordinator.publication import Publication
+from fedge.coordinator.publisher import Publisher, plan_blobs
 from fedge.coordinator.settings import ResolvedTraining, RoundSettings
-from fedge.coordinator.store import Retention, Store, VersionRecord
+from fedge.coordinator.store import Retention, Store
 from fedge.coordinator.succession import Succession
 from fedge.coordinator.uploads import Upload, UploadDesk
 from fedge.coordinator.version_maker import VersionMaker
@@ -32,12 +35,10 @@ from fedge.coordinator.workers import Workers
 from fedge.schemas import messages, topics
 from fedge.schemas.blobs import BlobRef, ChunkSet
 from fedge.schemas.errors import (
-    FedgeError,
     LinkClosed,
     LinkError,
     PeerError,
     RejectReason,
-    StoreError,
     StoreUnavailable,
 )
 from fedge.schemas.link.protocol import Delivery, Link, LinkDown, LinkUp
@@ -48,17 +49,8 @@ from fedge.schemas.topics import Address, Channel, Topics
 
 log = EventLog(__name__)
 
-FIRST_REMINDER_S = 60.0
-LAST_REMINDER_S = 3600.0
-"""A round that waits for devices is announced again after a minute, then ever more rarely."""
-PUBLISH_AGAIN_S = 5.0
-REFUSED_AGAIN_S = 60.0
-"""What could not be published because the disk, or the broker, refused is tried again then."""
-
 if TYPE_CHECKING:
-    from fedge.coordinator.evaluation import Evaluation  # loads onnxruntime
-
-    Evaluate = Callable[[VersionRecord], Evaluation]
+    from fedge.coordinator.aftercare import Evaluate
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +64,9 @@ class Plan:
 class Coordinator:
     """One population's coordinator. `run` ends when it is cancelled.
 
-    `evaluate`: measures a version, or None where there is no test set; `evaluate_every`: only
-    versions whose number it divides. `wall_clock`: seconds since the epoch, for records; `clock`:
-    monotonic seconds, for deadlines. `look_again`: set when another process may have added a
-    version to the store.
+    `evaluate`, `evaluate_every`: see `Aftercare`. `wall_clock`: seconds since the epoch, for
+    records; `clock`: monotonic seconds, for deadlines. `look_again`: set when another process may
+    have added a version to the store.
     """
 
     def __init__(
@@ -99,18 +90,11 @@ class Coordinator:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
-        self._plan = plan
         self._desk = desk
         self._look_again = look_again
         self._control = control
         self._bulk = bulk
-        self._max_devices = round_settings.max_devices
-        self._retention = retention
-        self._evaluate = evaluate
-        self._evaluate_every = evaluate_every
         self._clock = clock
-        self._wall_clock = wall_clock
-        self._published: int | None = None
 
         self._topics = Topics(population)
         self._workers = Workers()
@@ -140,13 +124,34 @@ class Coordinator:
             clock=clock,
             wake=self._timer_due.set,
         )
-        self._admission = Admission((), limit=round_settings.max_devices)
         self._postbox = Postbox(control, self._topics)
-        self._settling: set[tuple[str, int]] = set()
+        self._settling = LatestOnly(self._settle, self._start, "settle")
         self._complete: asyncio.Queue[Upload] = asyncio.Queue()
-        self._to_publish = asyncio.Event()
         self._group: asyncio.TaskGroup
         self._succession = Succession(store, maker, self._workers)
+        self._admission = Admission((), limit=round_settings.max_devices)
+        aftercare = Aftercare(
+            store=store,
+            workers=self._workers,
+            distribution=self._distribution,
+            succession=self._succession,
+            retention=retention,
+            evaluate=evaluate,
+            evaluate_every=evaluate_every,
+            keep_devices=self._admission.keep_only,
+            start=self._start,
+            wall_clock=wall_clock,
+        )
+        self._publication = Publication(
+            plan=plan.ref,
+            publisher=self._publisher,
+            distribution=self._distribution,
+            succession=self._succession,
+            start=self._start,
+            is_up=self._both_are_up,
+            payload_limit_bytes=lambda: bulk.max_payload_bytes,
+            published=aftercare.published,
+        )
         self._conductor = Conductor(
             store=store,
             succession=self._succession,
@@ -161,8 +166,8 @@ class Coordinator:
             around=Surroundings(
                 tell=self._postbox.send,
                 start=self._start,
-                publish=self._to_publish.set,
-                publish_again=self._publish_again,
+                publish=self._publication.soon,
+                publish_again=self._publication.again,
                 wake=self._timer_due.set,
                 online=lambda: self._presence.online,
                 clock=clock,
@@ -175,7 +180,7 @@ class Coordinator:
         await self._conductor.recover()
         devices = await self._workers.durable(self._store.devices)
         self._presence.recover(device.name for device in devices if device.online)
-        self._admission = Admission((d.name for d in devices), limit=self._max_devices)
+        self._admission.keep_only(device.name for device in devices)
         try:
             async with asyncio.TaskGroup() as self._group:
                 await self._control.subscribe(*self._topics.coordinator_control)
@@ -185,13 +190,13 @@ class Coordinator:
                 for work, name in (
                     (self._read(self._control), "read-control"),
                     (self._read(self._bulk), "read-bulk"),
-                    (self._keep_published(), "publish"),
+                    (self._publication.keep(self._conductor), "publish"),
                     (self._postbox.run(), "postbox"),
                     (self._keep_time(), "time"),
                     (self._finish_uploads(), "finish"),
                     (self._journal.keep(), "journal"),
                     (self._keep_looking(), "look-again"),
-                    (self._keep_reminding(), "remind"),
+                    (self._publication.keep_reminding(self._conductor), "remind"),
                 ):
                     self._group.create_task(work, name=name)
                 self._conductor.take_up()
@@ -228,7 +233,7 @@ class Coordinator:
             self._start(self._presence.call_roll(), "roll")
         if self._both_are_up():
             self._desk.heard_again(self._clock())
-            self._to_publish.set()
+            self._publication.soon()
             self._timer_due.set()
 
     def _receive(self, delivery: Delivery) -> None:
@@ -242,8 +247,9 @@ class Coordinator:
             if address.channel is Channel.UP_BULK:
                 self._receive_chunk(address, delivery.payload)
             elif address.message is not None and address.device is not None:
-                self._admission.admit(address.device, self._clock())
+                self._admission.listen(address.device, self._clock())
                 message = messages.decode(address.message, delivery.payload)
+                self._admission.admit(address.device)
                 self._dispatch(address.device, message, retained=delivery.retained)
         except PeerError as error:
             self._refuse(topics.device_in(delivery.topic), error)
@@ -254,7 +260,7 @@ class Coordinator:
     def _refuse(self, device: str | None, error: PeerError) -> None:
         if device is not None and error.reason is not RejectReason.LIMIT_EXCEEDED:
             try:
-                self._admission.admit(device, self._clock())
+                self._admission.listen(device, self._clock())
             except PeerError as too_often:
                 error = too_often
         if device is not None and not self._admission.is_known(device):
@@ -281,9 +287,7 @@ class Coordinator:
     def _offered(self, device: str, offer: messages.Offer) -> None:
         awaited = self._conductor.awaited(device, offer.round)
         if awaited is None:
-            if (device, offer.round) not in self._settling:
-                self._settling.add((device, offer.round))
-                self._start(self._settle(device, offer), f"settle-{device}")
+            self._settling.put(device, offer)
             return
         try:
             replies = self._intake.awaited(device, offer, awaited, self._clock())
@@ -307,8 +311,6 @@ class Coordinator:
             self._conductor.reject(device, offer, error)
         else:
             self._postbox.send(device, receipt)
-        finally:
-            self._settling.discard((device, offer.round))
 
     def _receive_chunk(self, address: Address, payload: bytes) -> None:
         if address.device is None or address.sha256 is None or address.chunk is None:
@@ -365,116 +367,10 @@ class Coordinator:
         self._presence.time_passed()
         self._conductor.time_passed()
 
-    # ------------------------------------------------------------ publishing
-
-    async def _keep_published(self) -> None:
-        while True:
-            await self._to_publish.wait()
-            self._to_publish.clear()
-            if not self._both_are_up():
-                # The next connection asks for it again.
-                continue
-            try:
-                await self._publish()
-            except LinkClosed:
-                raise
-            except LinkError as error:
-                log.error("not_published", reason=str(error))
-                self._start(self._publish_later(REFUSED_AGAIN_S), "publish-later")
-            except StoreUnavailable as error:
-                log.error("not_published", reason=str(error))
-                self._start(self._publish_later(PUBLISH_AGAIN_S), "publish-later")
-
-    async def _keep_reminding(self) -> None:
-        """A broker may drop an announcement, or all answers to it, and nobody would ever know."""
-        round_number, wait_s = None, FIRST_REMINDER_S
-        while True:
-            await asyncio.sleep(wait_s)
-            if not self._conductor.waits_for_devices:
-                round_number, wait_s = None, FIRST_REMINDER_S
-                continue
-            again = round_number == self._conductor.round_number
-            wait_s = min(LAST_REMINDER_S, 2 * wait_s) if again else FIRST_REMINDER_S
-            round_number = self._conductor.round_number
-            self._publish_again()
-
-    def _publish_again(self) -> None:
-        self._publisher.say_again()
-        self._to_publish.set()
-
-    async def _publish_later(self, wait_s: float) -> None:
-        await asyncio.sleep(wait_s)
-        self._to_publish.set()
+    # ------------------------------------------------------------ carrying
 
     def _both_are_up(self) -> bool:
         return self._control.connected and self._bulk.connected
-
-    async def _publish(self) -> None:
-        """The newest version, then the round: the next one is opened if there is none."""
-        version = self._succession.newest
-        self._check_broker_limit()
-        await self._distribution.bring(version)
-        fresh = version.number != self._published
-        await self._publisher.announce(announcement_of(version, self._plan.ref))
-        if fresh:
-            self._published = version.number
-            log.info(
-                "version_published",
-                version=version.number,
-                weights_bytes=version.weights.size_bytes,
-                published_bytes=self._publisher.chunk_bytes_published,
-            )
-        await self._conductor.open_next_round()
-        announcement = self._conductor.announcement()
-        if announcement is not None:
-            await self._publisher.announce(announcement)
-        if fresh:
-            self._after_publishing(version)
-
-    def _check_broker_limit(self) -> None:
-        limit_bytes, chunk_bytes = self._bulk.max_payload_bytes, self._plan.ref.chunk_bytes
-        if limit_bytes < chunk_bytes:
-            log.error(
-                "broker_limit",
-                limit_bytes=limit_bytes,
-                chunk_bytes=chunk_bytes,
-                advice="raise the broker's max_packet_size, or serve a new population with a "
-                "smaller chunk_bytes",
-            )
-
-    def _after_publishing(self, version: VersionRecord) -> None:
-        due = version.number % self._evaluate_every == 0
-        if self._evaluate is not None and due and "loss" not in version.metrics:
-            self._start(self._measure(version, self._evaluate), f"measure-{version.number}")
-        self._start(self._clean_up(version), f"clean-up-{version.number}")
-
-    async def _clean_up(self, newest: VersionRecord) -> None:
-        await self._distribution.clear_before(newest)
-        if self._retention is not None:
-            retention = self._retention
-            try:
-                collected = await self._workers.measure(
-                    lambda: self._store.collect(retention, now=self._wall_clock())
-                )
-            except StoreError as error:
-                # Nobody waits for it, and the next version's turn tries again.
-                log.error("not_collected", reason=str(error))
-                return
-            if collected.bytes_freed:
-                log.info("collected", **asdict(collected))
-
-    async def _measure(self, version: VersionRecord, evaluate: Evaluate) -> None:
-        try:
-            found = await self._workers.measure(lambda: evaluate(version))
-        except FedgeError as error:
-            log.error("evaluation_failed", version=version.number, reason=str(error))
-            return
-        metrics = {"loss": found.loss, **found.metrics}
-        await self._workers.durable(lambda: self._store.record_metrics(version.number, metrics))
-        self._succession.measured(replace(version, metrics=metrics))
-        log.info("version_evaluated", version=version.number, examples=found.examples, **metrics)
-
-    # ------------------------------------------------------------ carrying
 
     def _tell_all(self, replies: Iterable[tuple[str, Message]]) -> None:
         for device, message in replies:

@@ -29,11 +29,13 @@ _PART = ".part"
 _TEMPORARY = ".tmp"
 _PASSING = frozenset(
     {
-        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
-        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV, errno.ENXIO, errno.ESTALE),
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES),
+        *(errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV, errno.ENXIO),
+        errno.ESTALE,
     }
 )
-"""What may be otherwise when it is tried again: a full disk, a lost mount, too many open files."""
+"""What may be otherwise when it is tried again: a full disk, a quota, a lost mount, too many
+open files."""
 
 
 class BlobDirectory:

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fedge.schemas.errors import PeerError, RejectReason, StoreError
+from fedge.schemas.blob_files import disk
+from fedge.schemas.errors import PeerError, RejectReason, StoreUnavailable
 from fedge.schemas.tensor_spec import BATCH, TensorSpec
 
 Array = npt.NDArray[np.generic]
@@ -59,21 +60,20 @@ def stream_tensors(
     Finiteness is not looked at. Raises as `read_tensors` does.
     """
     wanted = None if specs is None else {spec.name: spec for spec in specs}
-    try:
+    with disk(f"read the tensors in {path}"):
         if wanted is not None:
             _check_size(path.stat().st_size, wanted)
-        with safe_open(path, framework="np") as file:
-            names = set(file.keys())
-            if wanted is not None:
-                _check_names(names, set(wanted))
-                for name, spec in wanted.items():
-                    _check_header(name, file.get_slice(name), spec)
-            for name in sorted(names):
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise _refusal_of(path, error) from error
-    except OSError as error:
-        raise StoreError(f"cannot read the tensors in {path}: {error}") from error
+        try:
+            with _opened(path) as file:
+                names = set(file.keys())
+                if wanted is not None:
+                    _check_names(names, set(wanted))
+                    for name, spec in wanted.items():
+                        _check_header(name, file.get_slice(name), spec)
+                for name in sorted(names):
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise _refusal_of(path, error) from error
 
 
 def read_tensors(
@@ -82,7 +82,7 @@ def read_tensors(
     """The tensors of the safetensors file at `path`, which must obey `specs` if given.
 
     Raises `PeerError` (truncated, malformed, wrong_tensors, wrong_dtype, wrong_shape, not_finite,
-    oversized), or `StoreError` if the file cannot be read at all.
+    oversized), `StoreUnavailable` if the file cannot be read now, `StoreError` if it is not there.
     """
     tensors = dict(stream_tensors(path, specs))
     if finite:
@@ -106,6 +106,15 @@ def check_tensors(tensors: Tensors, specs: Iterable[TensorSpec]) -> None:
     _check_names(set(tensors), set(wanted))
     for name, spec in wanted.items():
         _compare(name, str(tensors[name].dtype), tensors[name].shape, spec)
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="np")
+    except OSError as error:
+        # The library says "no such file" whatever the system said; asked again, it says it itself.
+        with path.open("rb"):
+            raise StoreUnavailable(f"could not read the tensors in {path}: {error}") from error
 
 
 def _check_size(actual_bytes: int, wanted: Mapping[str, TensorSpec]) -> None:

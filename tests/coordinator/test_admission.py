@@ -10,7 +10,8 @@ from fedge.schemas.errors import PeerError, RejectReason
 
 def refused(admission, device, now):
     try:
-        admission.admit(device, now)
+        admission.listen(device, now)
+        admission.admit(device)
     except PeerError as error:
         return error.reason is RejectReason.LIMIT_EXCEEDED
     return False
@@ -27,21 +28,36 @@ def test_a_flood_is_cut_to_its_rate_and_others_notice_nothing():
 def test_a_device_that_was_too_fast_is_heard_again():
     admission = Admission((), limit=10)
     for _ in range(BURST):
-        admission.admit("a", 0.0)
+        admission.listen("a", 0.0)
     assert refused(admission, "a", 0.0)
     assert not refused(admission, "a", 2 / MESSAGES_PER_S)
 
 
 def test_names_beyond_the_limit_are_refused_and_known_ones_are_not():
     admission = Admission(["old"], limit=2)
-    admission.admit("new", 0.0)
+    assert not refused(admission, "new", 0.0)
     assert refused(admission, "third", 0.0)
     assert not admission.is_known("third")
     assert not refused(admission, "old", 0.0)
 
 
+def test_a_name_is_taken_up_when_its_message_was_read_and_not_before():
+    admission = Admission((), limit=1)
+    admission.listen("garbage", 0.0)
+    assert not admission.is_known("garbage")
+    assert not refused(admission, "honest", 0.0)
+    assert admission.is_known("honest")
+
+
+def test_a_device_that_was_forgotten_makes_room_for_another():
+    admission = Admission(["old", "gone"], limit=2)
+    admission.keep_only(["old"])
+    assert not refused(admission, "new", 0.0)
+    assert refused(admission, "third", 0.0)
+
+
 def test_rates_of_quiet_devices_are_forgotten():
     admission = Admission((), limit=10**6)
     for index in range(2 * FORGET_ABOVE):
-        admission.admit(f"d{index}", float(index))
+        admission.listen(f"d{index}", float(index))
     assert len(admission._spent) <= FORGET_ABOVE + 1

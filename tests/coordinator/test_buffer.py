@@ -94,28 +94,49 @@ def test_a_device_that_restarted_is_asked_anew_and_takes_no_second_place():
 
 
 def test_a_flight_ends_at_its_own_deadline_and_frees_its_place():
-    state, _ = after(opened()[0], *(CheckedIn(name, 4) for name in "abcd"))
-    state, commands = step(state, TimePassed(4), POLICY, 101.0)
+    state, _ = opened(2, 1, {(1, name): Flight(0, 50.0) for name in "abc"})
+    state, _ = after(state, CheckedIn("d", 4))
+    state, commands = step(state, TimePassed(4), POLICY, 50.0)
     assert commands == (Dismiss(("a", "b", "c"), RejectReason.LATE, 1), Assign(("d",)))
-    assert set(state.flights) == {(1, "d")}
+    assert state.flights == {(2, "d"): Flight(1, 150.0)}
 
 
 def test_at_the_deadline_a_quorum_is_enough_and_without_one_it_waits():
     state, _ = after(opened()[0], CheckedIn("a", 1))
-    state, commands = step(state, TimePassed(1), POLICY, 100.0)
-    assert not commands
+    state, _ = after(state, CheckedIn("b", 1), now=60.0)
+    state, commands = step(state, TimePassed(1), POLICY, 101.0)
+    assert commands == (Dismiss(("a",), RejectReason.LATE, 1),)
     assert state.is_open
-    state, commands = step(state, Accepted("a"), POLICY, 100.5)
+    state, commands = step(state, Accepted("b"), POLICY, 101.5)
     assert commands == (Aggregate(),)
 
 
-def test_when_nobody_is_left_to_ask_the_round_ends_so_that_all_can_be_asked_again():
+def test_the_deadline_counts_from_the_first_asking():
+    state, _ = opened(2, 1, {(1, "x"): Flight(0, 500.0)})
+    assert state.until == 100.0
+    state, _ = step(state, CheckedIn("a", 1), POLICY, 70.0)
+    state, _ = step(state, CheckedIn("b", 1), POLICY, 80.0)
+    assert state.until == 170.0
+
+
+def test_beyond_its_deadline_a_buffer_asks_nobody_new():
+    # Else devices that say they are ready, and then nothing, could hold up a version for ever.
+    state, _ = after(opened()[0], CheckedIn("a", 2), now=0.0)
+    state, _ = after(state, CheckedIn("b", 2), now=90.0)
+    state, _ = after(state, TimePassed(2), now=100.0)
+    state, commands = after(state, CheckedIn("c", 3), now=110.0)
+    assert not commands
+    state, commands = after(state, TimePassed(3), now=190.0)
+    assert [type(command) for command in commands] == [Dismiss, Abandon]
+
+
+def test_when_nobody_is_at_work_any_more_the_round_ends_so_that_all_can_be_asked_again():
     state, _ = after(opened()[0], CheckedIn("a", 2), CheckedIn("b", 2), Failed("a"))
     assert state.is_open
     state, commands = step(state, TimePassed(2), POLICY, 101.0)
     assert commands[0] == Dismiss(("b",), RejectReason.LATE, 1)
     assert isinstance(commands[1], Abandon)
-    assert "0 updates and nobody is left" in commands[1].reason
+    assert "0 updates and nobody is at work" in commands[1].reason
 
 
 def test_a_round_that_nobody_came_to_waits_for_somebody():
@@ -163,7 +184,7 @@ events = st.one_of(
 def test_whatever_happens_a_buffer_closes_once_and_never_overfills_its_places(steps):
     state: Buffer
     state, _ = opened(2, 1, {(1, "a"): Flight(0, 30.0)})
-    now, endings, asked = 0.0, 0, []
+    now, endings, asked, first_asked_at = 0.0, 0, [], None
     for event, waited in steps:
         now += waited
         if isinstance(event, Accepted):
@@ -175,6 +196,11 @@ def test_whatever_happens_a_buffer_closes_once_and_never_overfills_its_places(st
         state, commands = step(state, event, POLICY, now)
         endings += sum(isinstance(command, Aggregate) for command in commands)
         new = state.asked - before.asked
+        if new:
+            first_asked_at = now if first_asked_at is None else first_asked_at
+            assert now < first_asked_at + POLICY.deadline_s or now == first_asked_at
+        if isinstance(event, TimePassed) and first_asked_at is not None:
+            assert not state.is_open or now < first_asked_at + 2 * POLICY.deadline_s
         asked += sorted(new)
         told = {d for c in commands if isinstance(c, Assign) for d in c.devices}
         assert new <= told

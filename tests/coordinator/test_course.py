@@ -7,7 +7,7 @@ import pytest
 from fedge.coordinator import rounds
 from fedge.coordinator.buffer import Flight
 from fedge.coordinator.course import Awaited, Course
-from fedge.coordinator.over_selection import Delivery
+from fedge.coordinator.over_selection import OverSelection
 from fedge.coordinator.rounds import Mode, Phase, RoundPolicy, Strategy
 from fedge.schemas.messages import RoundPhase
 
@@ -88,7 +88,7 @@ def test_a_synchronous_announcement_wants_no_older_work() -> None:
 def test_more_are_asked_after_a_round_that_missed_its_goal() -> None:
     here = course(SYNC)
     assert here.devices_to_ask == 3
-    here.recover(7, {}, [Delivery(cohort=3, delivered=1, goal=2)])
+    here.recover(7, {}, OverSelection(share=1 / 3))
     assert here.last_number == 7
     assert here.devices_to_ask > 3
     here.begin(8, 0, seed=1, previous=None, now=0.0)
@@ -107,7 +107,7 @@ def test_a_cyclic_round_teaches_nothing_about_drop_out() -> None:
 
 def test_at_the_last_version_all_work_is_called_back() -> None:
     here = course(ASYNC)
-    here.recover(3, {(3, "a"): Flight(2, 9.0), (2, "b"): Flight(1, 9.0)}, [])
+    here.recover(3, {(3, "a"): Flight(2, 9.0), (2, "b"): Flight(1, 9.0)})
     assert here.call_back_all() == [(2, "b"), (3, "a")]
     assert here.awaited("a", 3) is None
 
@@ -115,16 +115,31 @@ def test_at_the_last_version_all_work_is_called_back() -> None:
 @pytest.mark.parametrize(("now", "due"), [(1.0, 51.0), (60.0, 100.0), (150.0, None)])
 def test_a_buffer_wakes_for_its_next_flight_and_for_its_own_deadline(now, due) -> None:
     here = course(ASYNC)
-    here.recover(1, {(1, "a"): Flight(0, 51.0)}, [])
+    here.recover(1, {(1, "a"): Flight(0, 51.0)})
     here.begin(2, 1, seed=1, previous=None, now=0.0)
     here.feed(rounds.TimePassed(1), now)
     assert here.next_deadline() == due
 
 
+def test_a_claim_cannot_be_raised_after_the_asking() -> None:
+    here = begun(ASYNC)
+    here.claims("a", 100)
+    here.feed(rounds.CheckedIn("a", 2), 0.0)
+    here.claims("a", 10**9)
+    assert here.awaited("a", 1) == Awaited(0, 100)
+    # Nor in the next round, in which the device may be asked anew.
+    here.end()
+    here.begin(2, 1, seed=1, previous=None, now=1.0)
+    here.claims("a", 7)
+    assert here.awaited("a", 1) == Awaited(0, 100)
+    here.feed(rounds.CheckedIn("a", 2), 2.0)
+    assert here.awaited("a", 2) == Awaited(1, 7)
+
+
 def test_a_deadline_that_passed_unnoticed_is_still_due() -> None:
     # The timer may be woken by something else in the very moment of the deadline.
     here = begun(ASYNC)
-    here.feed(rounds.CheckedIn("a", 2), 99.9)
+    here.feed(rounds.CheckedIn("a", 2), 0.0)
     here.feed(rounds.CheckedIn("b", 2), 99.9)
     here.feed(rounds.Failed("a", 1), 100.1)
     assert here.next_deadline() == 100.0
@@ -132,7 +147,7 @@ def test_a_deadline_that_passed_unnoticed_is_still_due() -> None:
 
 def test_who_fails_between_two_buffers_flies_no_more() -> None:
     here = course(ASYNC)
-    here.recover(1, {(1, "a"): Flight(0, 9.0), (1, "b"): Flight(0, 9.0)}, [])
+    here.recover(1, {(1, "a"): Flight(0, 9.0), (1, "b"): Flight(0, 9.0)})
     here.feed(rounds.Failed("a", 1), 1.0)
     assert set(here.flights) == {(1, "b")}
 

@@ -20,7 +20,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from sqlalchemy import event
 
+from fedge.coordinator.recovery import last_visited
 from fedge.coordinator.settings import load
 from fedge.coordinator.store import (
     Contribution,
@@ -257,6 +259,23 @@ def test_a_device_keeps_its_history_when_it_is_assigned_again(training):
     training.record_assignment(1, ["pi-1", "pi-2"], train_until=640.0, at=46.0)
     assert training.participant(1, "pi-1") == before
     assert len(training.participants(1)) == 3
+
+
+def test_the_device_that_was_asked_last_is_found_with_one_statement_however_long_ago(store):
+    assert store.last_participant_before(1) is None
+    for number, cohort in ((1, ["pi-2", "pi_1", "pi-1"]), (2, ["pi-7"]), (3, []), (1003, [])):
+        store.open_round(a_round(number))
+        store.record_assignment(number, cohort, train_until=640.0, at=40.0)
+    statements = []
+    event.listen(
+        store.database.engine,
+        "before_cursor_execute",
+        lambda _connection, _cursor, statement, *_others: statements.append(statement),
+    )
+    found = {number: last_visited(store, number) for number in (1, 2, 3, 4, 1004)}
+    # Of several, the first by name, whatever the database thinks of "-" and "_".
+    assert found == {1: None, 2: "pi-1", 3: "pi-7", 4: "pi-7", 1004: "pi-7"}
+    assert len([each for each in statements if not each.startswith("BEGIN")]) == len(found)
 
 
 def test_the_report_of_a_round_tells_who_did_what(training):
@@ -637,3 +656,10 @@ def check_any_order(machine, request, kind):
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_any_order_of_calls_keeps_the_promises(request, kind):
     check_any_order(RoundModel, request, kind)
+
+
+def test_a_note_is_kept_for_the_next_life_and_replaced_by_the_next(store: Store) -> None:
+    assert store.note("over_selection") is None
+    store.keep_note("over_selection", "one")
+    store.keep_note("over_selection", "two")
+    assert store.note("over_selection") == "two"

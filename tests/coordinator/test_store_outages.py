@@ -283,6 +283,26 @@ def test_a_reader_that_never_ends_delays_no_writer_for_long(tmp_path, monkeypatc
         assert log.stat().st_size < 100_000
 
 
+def test_a_log_that_cannot_be_emptied_leaves_writers_their_patience(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_sqlite, "WAL_LIMIT_BYTES", 0)
+    refused = []
+
+    def no_checkpoint(action, what, *_others):
+        if action == sqlite3.SQLITE_PRAGMA and what == "wal_checkpoint":
+            refused.append(what)
+            return sqlite3.SQLITE_DENY
+        return sqlite3.SQLITE_OK
+
+    with filled((tmp_path, None)) as store:
+        with store.database.engine.connect() as connection:
+            connection.connection.driver_connection.set_authorizer(no_checkpoint)
+        store.open_round(a_round(2))
+        assert refused
+        with store.database.read() as connection:
+            patience_ms = connection.scalar(text("PRAGMA busy_timeout"))
+    assert patience_ms == store_sqlite.BUSY_TIMEOUT_MS
+
+
 # ---------------------------------------------------------------- PostgreSQL: gone and back
 
 
@@ -345,6 +365,46 @@ def test_the_right_to_serve_is_taken_again_when_its_connection_was_lost(on_postg
         assert store.record_accepted(1, "pi-1", contribution(), at=50.0) is True
         with pytest.raises(ConfigError, match="another coordinator serves"):
             Store.open(on_postgres[0].parent / "other", on_postgres[1], serve=True, create=True)
+
+
+def test_another_lock_is_not_the_right_to_serve(on_postgres):
+    with filled(on_postgres) as store:
+        # The connection is there, and what it holds is somebody else's: in a database of many
+        # programs the number of a process, and a lock, may be those of another one.
+        serving = store._database._backend._serving
+        serving.execute(text("SELECT pg_advisory_unlock_all()"))
+        serving.execute(text("SELECT pg_advisory_lock(42), pg_advisory_lock(0, 42)"))
+        assert store.record_accepted(1, "pi-1", contribution(), at=50.0) is True
+        # So it has taken the right again.
+        with pytest.raises(ConfigError, match="another coordinator serves"):
+            Store.open(on_postgres[0].parent / "other", on_postgres[1], serve=True, create=True)
+
+
+def test_who_serves_takes_the_right_once(on_postgres):
+    with filled(on_postgres) as store:
+        serving = store._database._backend._serving
+        for device in ("pi-1", "pi-2"):
+            store.record_accepted(1, device, contribution(), at=50.0)
+        # It recognised its own lock.
+        assert store._database._backend._serving is serving
+
+
+def test_a_server_that_forbids_is_a_state_that_passes(on_postgres, postgres):
+    name = on_postgres[1].rpartition("/")[2]
+    filled(on_postgres).close()
+    postgres.run("CREATE ROLE guest LOGIN")
+    try:
+        as_guest = on_postgres[0], on_postgres[1].replace("fedge@", "guest@")
+        with pytest.raises(StoreUnavailable, match="permission denied"):
+            Store.open(*as_guest)
+        postgres.run("GRANT SELECT ON ALL TABLES IN SCHEMA public TO guest", name)
+        with Store.open(*as_guest) as guest:
+            assert guest.newest_version().number == 0
+            with pytest.raises(StoreUnavailable, match="permission denied"):
+                guest.open_round(a_round(2))
+    finally:
+        postgres.run("REVOKE ALL ON ALL TABLES IN SCHEMA public FROM guest", name)
+        postgres.run("DROP ROLE guest", name)
 
 
 def test_who_lost_the_right_to_serve_writes_no_more(tmp_path, on_postgres, postgres):

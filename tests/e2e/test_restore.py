@@ -10,7 +10,8 @@ import pytest
 
 from fedge.coordinator.backup import BackupManifest, make_backup
 from fedge.coordinator.checkup import check
-from fedge.coordinator.restore import Place, Restored, restore_backup
+from fedge.coordinator.old_state import Place
+from fedge.coordinator.restore import Restored, restore_backup
 from fedge.coordinator.settings import Settings, StoreSettings
 from fedge.coordinator.store import Outcome, Store
 from tests.brokers import MosquittoBroker

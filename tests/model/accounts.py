@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sqlite3
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+from fedge.coordinator.rounds import Mode
 from fedge.coordinator.store import (
     Outcome,
     ParticipantStatus,
@@ -25,6 +27,15 @@ from fedge.coordinator.store import (
 from fedge.schemas.messages import ReceiptStatus
 from fedge.schemas.tensors import read_tensors
 from tests.model.hosts import WEIGHT, DeviceHost, Work
+
+_REASON = re.compile(
+    r"the deadline came with \d+ updates"
+    r"|all \d+ devices answered"
+    r"|(no version could be made: )?version \d+ (took the place of its base|was made meanwhile)"
+    r"|its base is not the newest version"
+    r"|the coordinator was started again in mode"
+)
+"""Why a round may be abandoned where nothing damages the coordinator's files."""
 
 
 class Accounts:
@@ -43,6 +54,7 @@ class Accounts:
         self._checked_receipts: dict[str, int] = {}
         self._highest_retained: dict[str, int] = {}
         self._details_gone: set[int] = set()
+        self._since_new_card: dict[str, int] = {}
         self._seen_counting: set[str] = set()
         self.broken: list[str] = []
 
@@ -85,6 +97,7 @@ class Accounts:
         self._look_at_rounds()
         for device in self._devices:
             self._look_at_receipts(device)
+            self._look_at_ledger(device)
             self._look_at_numbers(device)
 
     def look_at_broker(self, retained: Mapping[str, bytes]) -> None:
@@ -102,6 +115,7 @@ class Accounts:
     def forget(self, device: DeviceHost) -> None:
         """A device has lost everything: it begins anew."""
         self._highest_active.pop(device.name, None)
+        self._since_new_card[device.name] = len(device.receipts)
 
     def look_back(self) -> None:
         """The same for all that ever was: what was settled has stayed as it was."""
@@ -159,12 +173,31 @@ class Accounts:
             if record.outcome is None:
                 continue
             if record.outcome is Outcome.ABANDONED:
-                assert record.reason, "a round was abandoned without a reason"
-                assert record.version is None
+                self._look_at_reason(record)
             before = self._closed.setdefault(record.number, record)
             assert _fate(before) == _fate(record), "a closed round was changed"
             if not record.details_kept:
                 self._details_gone.add(record.number)
+
+    def _look_at_reason(self, record: RoundRecord) -> None:
+        """It is one of those that are right, and it is true."""
+        assert record.version is None
+        assert _REASON.match(record.reason), f"round {record.number}: {record.reason!r}"
+        quorum = re.search(r"the quorum is (\d+)", record.reason)
+        if quorum and record.details_kept:
+            needed = int(quorum[1])
+            if record.mode == Mode.SYNC.value:
+                # Of a cohort that is smaller, all are enough.
+                needed = min(needed, len(self._store.participants(record.number)))
+            accepted = len(self._store.accepted_in(record.number))
+            assert accepted < needed, f"round {record.number} had its quorum: {record.reason}"
+
+    def _look_at_ledger(self, device: DeviceHost) -> None:
+        """What a device has written down of its rounds is what it was told."""
+        ledger = self._ledger(device)
+        for seen in device.receipts[self._since_new_card.get(device.name, 0) :]:
+            assert ledger[seen.round] == seen.status.value, f"{seen}: {ledger[seen.round]}"
+        assert device.damaged or "lost" not in ledger.values(), f"{device.name} lost an update"
 
     def _look_at_receipts(self, device: DeviceHost) -> None:
         checked = self._checked_receipts.get(device.name, 0)
@@ -215,10 +248,17 @@ class Accounts:
         return next(each for each in self._store.rounds() if each.number == number)
 
     @staticmethod
-    def _ledger(device: DeviceHost) -> set[int]:
+    def _ledger(device: DeviceHost) -> dict[int, str]:
+        """Round → offered, accepted, rejected or lost."""
         path = device.folder / "agent.sqlite"
+        if not path.exists():
+            return {}
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-            return {number for (number,) in database.execute("SELECT round FROM ledger")}
+            try:
+                return dict(database.execute("SELECT round, status FROM ledger"))
+            except sqlite3.OperationalError:
+                # Killed before it had a table.
+                return {}
 
     def active(self, device: DeviceHost) -> int:
         """The version in use on a device, -1 before the first."""

@@ -345,6 +345,8 @@ class DeviceHost(Host):
     failed: Callable[[str, int], None] = lambda device, number: None
     agent: Any = None
     receipts: list[Seen] = field(default_factory=list)
+    damaged: bool = False
+    """Whether a file of its outbox was ever damaged."""
 
     @property
     def client_ids(self) -> tuple[str, str]:
@@ -392,6 +394,7 @@ class DeviceHost(Host):
 
     def damage_an_update(self) -> None:
         """A byte of a file in the outbox is not what it was."""
+        self.damaged = True
         for path in sorted((self.folder / "outbox").glob("*.safetensors")):
             data = bytearray(path.read_bytes())
             data[-1] ^= 1

@@ -1,8 +1,8 @@
 """The brokers under the link contract, each with a cable that can be cut for each client.
 
 A bench hides what differs: how a broker is started and killed, and how a client loses its network.
-`queues_for_absent`, `delivers_again`, `bounds_deliveries` and `refuses_oversize` say what a broker
-can do at all.
+`queues_for_absent`, `delivers_again`, `bounds_deliveries`, `refuses_oversize` and `hears_goodbyes`
+say what a broker can do at all.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Bench(Protocol):
     delivers_again: bool
     bounds_deliveries: bool
     refuses_oversize: bool
+    hears_goodbyes: bool
 
     async def link(
         self, client_id: str, *, will: Will | None = None, receive_maximum: int = 16
@@ -43,6 +44,7 @@ class MemoryBench:
     """The seeded broker in memory."""
 
     queues_for_absent = delivers_again = bounds_deliveries = refuses_oversize = True
+    hears_goodbyes = True
 
     def __init__(self, *, limited: bool) -> None:
         extra: dict[str, Any] = {"max_payload_bytes": PAYLOAD_LIMIT_BYTES} if limited else {}
@@ -82,7 +84,7 @@ class PahoBench:
         self.limited = limited
         is_complete = isinstance(broker, MosquittoBroker)
         self.queues_for_absent = self.delivers_again = is_complete
-        self.bounds_deliveries = self.refuses_oversize = is_complete
+        self.bounds_deliveries = self.refuses_oversize = self.hears_goodbyes = is_complete
         self._cables: dict[str, Cable] = {}
         self._links: list[Link] = []
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedge.schemas.blob_files import BlobDirectory
 from fedge.schemas.blobs import MIN_CHUNK_BYTES, BlobRef, chunk_digest, chunks_of, describe
-from fedge.schemas.errors import PeerError, RejectReason, StoreError
+from fedge.schemas.errors import PeerError, RejectReason, StoreError, StoreUnavailable
 from fedge.schemas.ids import sha256
 
 CHUNK = MIN_CHUNK_BYTES
@@ -243,7 +243,8 @@ def files_limited_to(limit_bytes: int) -> Iterator[None]:
 def test_a_disk_that_refuses_is_reported_in_its_own_words_and_leaves_nothing_behind(blobs):
     with files_limited_to(1000):
         for attempt in (lambda: blobs.put(DATA), lambda: blobs.open_partial(REF)):
-            with pytest.raises(StoreError, match="File too large"):
+            # A limit that somebody can lift, as a quota.
+            with pytest.raises(StoreUnavailable, match="File too large"):
                 attempt()
     assert not blobs.has(REF.sha256)
     assert not [name for name in names_in(blobs) if name.endswith(".tmp")]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
+import resource
 import struct
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from fedge.schemas.errors import PeerError, RejectReason, StoreError
+from fedge.schemas.errors import PeerError, RejectReason, StoreError, StoreUnavailable
 from fedge.schemas.ids import sha256
 from fedge.schemas.tensors import (
     BATCH,
@@ -208,6 +212,59 @@ def test_a_file_that_is_not_there_is_ours_not_the_peers(tmp_path):
     for specs in (None, SPECS):
         with pytest.raises(StoreError):
             read_tensors(tmp_path / "missing", specs)
+
+
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """A process that has as many files open as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = [os.open(os.devnull, os.O_RDONLY)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 8, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("specs", [None, SPECS])
+def test_too_many_open_files_are_a_state_that_passes(tmp_path, specs):
+    path = tmp_path / "tensors"
+    path.write_bytes(encode_tensors(good()))
+    with no_descriptor_left(), pytest.raises(StoreUnavailable, match="Too many open files"):
+        read_tensors(path, specs)
+    assert set(read_tensors(path, specs)) == {"w", "b"}
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_disk_that_refuses_for_now_is_a_state_that_passes(tmp_path, monkeypatch, code):
+    path = tmp_path / "tensors"
+    path.write_bytes(encode_tensors(good()))
+
+    def refuse(*_arguments, **_options):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", refuse)
+        with pytest.raises(StoreUnavailable, match=os.strerror(code)):
+            read_tensors(path, SPECS)
+    # While it is found out in which way a file is malformed, too.
+    path.write_bytes(b"not tensors at all")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(StoreUnavailable, match=os.strerror(code)):
+            read_tensors(path)
+
+
+def test_what_is_no_file_is_not_a_state_that_passes(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(StoreError) as refused:
+            read_tensors(path)
+        assert not isinstance(refused.value, StoreUnavailable)
 
 
 def test_a_free_dimension_admits_any_size_and_only_that():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select
 
 from fedge.coordinator.store.database import Database
 from fedge.coordinator.store.queries import (
@@ -139,6 +139,18 @@ class Participants:
         with self._database.read() as connection:
             row = participant_row(connection, round_number, device)
         return None if row is None else participant_of(row)
+
+    def last_participant_before(self, round_number: int) -> str | None:
+        """The device that the newest earlier round asked, the first by name; None if none did."""
+        newest = (
+            select(func.max(participants.c.round))
+            .where(participants.c.round < round_number)
+            .scalar_subquery()
+        )
+        statement = select(participants.c.device).where(participants.c.round == newest)
+        with self._database.read() as connection:
+            # By Python, since databases differ in how they order text.
+            return min(connection.scalars(statement), default=None)
 
     def accepted_in(self, round_number: int) -> tuple[ParticipantRecord, ...]:
         """Whose updates count in the version of that round, by device, then by asking round."""

@@ -30,9 +30,9 @@ IN_DOUBT_S = 30.0
 """How long the answer to "was it committed?" is waited for."""
 ASK_AGAIN_S = 0.25
 
-_PASSING = ("08", "25006", "40", "53", "55P03", "57", "58")
+_PASSING = ("08", "25006", "40", "42501", "53", "55P03", "57", "58")
 """SQLSTATEs, or their first two letters (PostgreSQL manual, appendix A): connection, read-only
-server, conflict, no resources, lock not free, operator intervened, system error."""
+server, conflict, no permission, no resources, lock not free, operator intervened, system error."""
 
 
 def _key(purpose: str) -> str:
@@ -45,7 +45,11 @@ _SERVE_LOCK = text(f"SELECT pg_try_advisory_lock({_key('serve')}), pg_backend_pi
 _COLLECT_LOCK = text(f"SELECT pg_try_advisory_lock({_key('files')})")
 _BACKUP_LOCK = text(f"SELECT pg_advisory_lock_shared({_key('files')})")
 _STILL_SERVING = text(
-    "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = :pid AND granted)"
+    "SELECT EXISTS (SELECT FROM pg_locks"  # noqa: S608 -- put together from constants
+    " WHERE locktype = 'advisory' AND granted AND pid = :pid"
+    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    # A key of 64 bits is shown in two halves, and a 1 beside them (PostgreSQL manual, pg_locks).
+    f" AND classid::bigint << 32 | objid::bigint = {_key('serve')} AND objsubid = 1)"
 )
 
 
@@ -86,7 +90,7 @@ class PostgreSql:
             yield
         except DBAPIError as error:
             kind = StoreUnavailable if _is_passing(error) else StoreError
-            raise kind(f"the coordinator's database: {error.orig}") from error
+            raise kind(f"the coordinator's database: {_in_a_line(error)}") from error
         except PoolTimeout as error:
             raise StoreUnavailable(f"the coordinator's database: {error}") from error
         except SQLAlchemyError as error:
@@ -203,7 +207,7 @@ class PostgreSql:
                 if not _is_passing(error) or time.monotonic() > give_up_at:
                     raise StoreError(
                         "the coordinator's database: the connection was lost in the middle of a "
-                        f"commit, and nobody says whether it happened: {error.orig}"
+                        f"commit, and nobody says whether it happened: {_in_a_line(error)}"
                     ) from error
             # A server that is away announces its return to nobody.
             time.sleep(ASK_AGAIN_S)
@@ -235,6 +239,11 @@ def _on_its_own(engine: Engine) -> Iterator[Connection]:
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.detach()
         yield connection
+
+
+def _in_a_line(error: DBAPIError) -> str:
+    # What follows is a picture of the statement, or a question to whoever sits before a terminal.
+    return str(error.orig).partition("\n")[0]
 
 
 def _is_passing(error: DBAPIError) -> bool:

@@ -16,8 +16,9 @@ from typing import Any
 from sqlalchemy import Connection, insert, select
 
 from fedge.coordinator.store.database import Database
+from fedge.coordinator.store.sqlite import told
 from fedge.coordinator.store.tables import facts, metadata
-from fedge.schemas.errors import StoreError
+from fedge.schemas.errors import StoreUnavailable
 
 ROWS_AT_A_TIME = 1000
 
@@ -28,7 +29,8 @@ OF_THE_INSTANCE = ("writer",)
 def take(database: Database, path: Path) -> None:
     """Writes the state of `database` as of now to a new SQLite file, beside running writers.
 
-    Raises `StoreError` if the file cannot be written or the database cannot be read.
+    Raises `StoreError` if the file cannot be written or the database cannot be read, and
+    `StoreUnavailable` if that may pass.
     """
     if database.engine.dialect.name == "sqlite":
         _copy_pages(database, path)
@@ -54,7 +56,10 @@ def copy_rows(source: Connection, target: Connection) -> None:
 
 
 def seal(path: Path) -> None:
-    """Folds the log of a SQLite file that nobody has open into the file itself."""
+    """Folds the log of a SQLite file into the file itself.
+
+    Raises `StoreUnavailable` while anybody has it open, `StoreError` if it is damaged.
+    """
     with _sqlite_may_fail(f"write {path}"), closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA journal_mode=DELETE")
     with path.open("rb") as file:
@@ -65,13 +70,18 @@ def seal(path: Path) -> None:
 
 
 def damages(path: Path) -> Sequence[str]:
-    """What SQLite finds wrong in a file, in its own words."""
+    """What SQLite finds wrong in a file, in its own words.
+
+    Raises `StoreUnavailable` if the file cannot be read now.
+    """
     # Nobody writes it, and reading must not: the folder may be read-only.
     uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
     with _sqlite_may_fail(f"read {path}"), closing(sqlite3.connect(uri, uri=True)) as connection:
         try:
             found = [row[0] for row in connection.execute("PRAGMA integrity_check")]
         except sqlite3.DatabaseError as error:
+            if isinstance(told(error, ""), StoreUnavailable):
+                raise
             return [str(error)]
     return [each for each in found if each != "ok"]
 
@@ -96,4 +106,4 @@ def _sqlite_may_fail(what: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise StoreError(f"cannot {what}: {error}") from error
+        raise told(error, f"cannot {what}") from error

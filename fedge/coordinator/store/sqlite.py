@@ -67,13 +67,13 @@ class Sqlite:
         try:
             yield
         except DBAPIError as error:
-            raise _told(error.orig) from error
+            raise told(error.orig, "the coordinator's database") from error
         except PoolTimeout as error:
             raise StoreUnavailable(f"the coordinator's database: {error}") from error
         except SQLAlchemyError as error:
             raise StoreError(f"the coordinator's database: {error}") from error
         except sqlite3.Error as error:
-            raise _told(error) from error
+            raise told(error, "the coordinator's database") from error
 
     @contextmanager
     def read(self, engine: Engine) -> Iterator[Connection]:
@@ -137,13 +137,24 @@ class Sqlite:
             with contextlib.suppress(sqlite3.Error):
                 driver: Any = connection.connection.driver_connection
                 driver.execute(f"PRAGMA busy_timeout={WAL_WAIT_MS}")
-                busy = driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-                driver.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+                try:
+                    busy = driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+                finally:
+                    # The connection goes back to the others, and its next writer has to wait.
+                    driver.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
                 self._attempts = self._attempts + 1 if busy else 0
                 if self._attempts == WAL_ATTEMPTS:
                     self._attempts, self._empty_again_at = 0, time.monotonic() + WAL_PAUSE_S
         finally:
             self._emptying.release()
+
+
+def told(error: BaseException | None, what: str) -> StoreError:
+    """What to raise for a driver's error: `StoreUnavailable` if it may pass. `what`: says where."""
+    # Extended codes carry the plain one in their lowest byte.
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    kind = StoreUnavailable if code in _PASSING else StoreError
+    return kind(f"{what}: {error}")
 
 
 def _set_up(connection: sqlite3.Connection, _record: object) -> None:
@@ -160,10 +171,3 @@ def _set_up(connection: sqlite3.Connection, _record: object) -> None:
 def _begin(connection: Connection) -> None:
     statement = connection.get_execution_options().get("fedge_begin", "BEGIN")
     connection.execute(text(statement))
-
-
-def _told(error: BaseException | None) -> StoreError:
-    # Extended codes carry the plain one in their lowest byte.
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-    kind = StoreUnavailable if code in _PASSING else StoreError
-    return kind(f"the coordinator's database: {error}")

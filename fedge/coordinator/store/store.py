@@ -16,6 +16,7 @@ from fedge.coordinator.store.blobs import Blobs
 from fedge.coordinator.store.database import Database, sqlite_file, sqlite_url
 from fedge.coordinator.store.devices import Devices
 from fedge.coordinator.store.housekeeping import Housekeeping
+from fedge.coordinator.store.notes import Notes
 from fedge.coordinator.store.participants import Participants
 from fedge.coordinator.store.retained import Retained
 from fedge.coordinator.store.rounds import Rounds
@@ -26,7 +27,7 @@ from fedge.schemas.state_lock import StateLock
 BLOBS_FOLDER = "blobs"
 
 
-class Store(Versions, Rounds, Participants, Devices, Retained, Housekeeping):
+class Store(Versions, Rounds, Participants, Devices, Retained, Notes, Housekeeping):
     """The coordinator's durable state; open it with `open`.
 
     Any thread may call it: each call is one transaction on a connection of its own. Every method

@@ -42,8 +42,9 @@ from fedge.edge_agent.trainer.jobs import (
     decode_job,
 )
 from fedge.edge_agent.training import Progress, no_training, train
+from fedge.schemas.blob_files import disk
 from fedge.schemas.blobs import describe
-from fedge.schemas.errors import FedgeError, StoreError, TrainingFailed
+from fedge.schemas.errors import FedgeError, TrainingFailed
 from fedge.schemas.ids import Digest
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensors import encode_tensors, read_tensors
@@ -156,10 +157,8 @@ def _throttled(say: Say, clock: Callable[[], float]) -> Callable[[Progress], Non
 
 
 def _read(path: Path) -> bytes:
-    try:
+    with disk(f"read {path}"):
         return path.read_bytes()
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {error}") from error
 
 
 def peak_rss_bytes() -> int:
