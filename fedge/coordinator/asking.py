@@ -7,23 +7,24 @@ asked is the course's decision, and what becomes of the answers the conductor's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from fedge.coordinator.buffer import Buffer
 from fedge.coordinator.course import AnyRound, Course
 from fedge.coordinator.rounds import Round, device_seed
 from fedge.coordinator.settings import ResolvedTraining
 from fedge.coordinator.store import Store
+from fedge.coordinator.surroundings import Surroundings
 from fedge.coordinator.workers import Workers
 from fedge.schemas.ids import Digest
 from fedge.schemas.logs import EventLog
-from fedge.schemas.messages import Assignment, Message
+from fedge.schemas.messages import Assignment
 
 log = EventLog(__name__)
 
 
 class Asking:
-    """The assignments of one course of rounds. For `tell` and the clocks see `Surroundings`."""
+    """The assignments of one course of rounds."""
 
     def __init__(
         self,
@@ -33,18 +34,14 @@ class Asking:
         course: Course,
         training: ResolvedTraining,
         plan_sha256: Digest,
-        tell: Callable[[str, Message], None],
-        clock: Callable[[], float],
-        wall_clock: Callable[[], float],
+        around: Surroundings,
     ) -> None:
         self._store = store
         self._workers = workers
         self._course = course
         self._training = training
         self._plan_sha256 = plan_sha256
-        self._tell = tell
-        self._clock = clock
-        self._wall_clock = wall_clock
+        self._around = around
 
     async def ask(self, state: AnyRound, asked: frozenset[str]) -> bool:
         """Records that these devices are asked, and tells them; False if the round has ended.
@@ -73,18 +70,18 @@ class Asking:
     def assign(self, state: AnyRound, devices: Iterable[str]) -> None:
         """Tells devices that are in the record what to do."""
         for device in devices:
-            self._tell(device, self._assignment(state, device))
+            self._around.tell(device, self._assignment(state, device))
 
     async def silence(self, asked_in: int, devices: Iterable[str]) -> None:
         """Those that have not answered are waited for no longer, in the record, too."""
-        at = self._wall_clock()
+        at = self._around.wall_clock()
         await self._workers.insist(lambda: self._store.silence(asked_in, devices, at=at))
 
     def _record(self, state: AnyRound, asked: frozenset[str]) -> bool:
         """False if the round has its outcome: the disk was full until after its deadline."""
         if all(record.number != state.number for record in self._store.open_rounds()):
             return False
-        at, now = self._wall_clock(), self._clock()
+        at, now = self._around.wall_clock(), self._around.clock()
         if isinstance(state, Round):
             until = at + max(0.0, state.until - now)
             self._store.record_assignment(state.number, sorted(asked), train_until=until, at=at)
@@ -103,7 +100,7 @@ class Asking:
             round=state.number,
             base=state.base,
             plan_sha256=self._plan_sha256,
-            deadline_s=max(0.0, until - self._clock()),
+            deadline_s=max(0.0, until - self._around.clock()),
             seed=device_seed(state.seed, device),
             batch_size=training.batch_size,
             learning_rate=training.learning_rate,

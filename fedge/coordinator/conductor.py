@@ -8,20 +8,14 @@ the service that gave it `tell`.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 
 from fedge.coordinator import pace, rounds
+from fedge.coordinator.answers import Answers
 from fedge.coordinator.asking import Asking
-from fedge.coordinator.buffer import Key
 from fedge.coordinator.course import AnyRound, Awaited, Course
-from fedge.coordinator.intake import Intake, contribution_of, rejected_receipt
+from fedge.coordinator.intake import Intake, rejected_receipt
 from fedge.coordinator.journal import Journal
-from fedge.coordinator.latest import LatestOnly
 from fedge.coordinator.over_selection import OverSelection, decode_belief, encode_belief
 from fedge.coordinator.recovery import (
     flights_of,
@@ -33,13 +27,14 @@ from fedge.coordinator.rounds import Mode, Round, Strategy
 from fedge.coordinator.settings import ResolvedTraining, RoundSettings
 from fedge.coordinator.store import RoundRecord, Store
 from fedge.coordinator.succession import Succession
-from fedge.coordinator.uploads import Reply, Upload, UploadDesk
+from fedge.coordinator.surroundings import Surroundings
+from fedge.coordinator.uploads import UploadDesk
 from fedge.coordinator.workers import Workers
 from fedge.schemas import messages
 from fedge.schemas.errors import FedgeError, PeerError, RejectReason
 from fedge.schemas.ids import Digest
 from fedge.schemas.logs import EventLog
-from fedge.schemas.messages import Message, RoundAnnouncement
+from fedge.schemas.messages import RoundAnnouncement
 
 log = EventLog(__name__)
 
@@ -47,27 +42,6 @@ LONGEST_REST_S = 60.0
 """Between an abandoned round and the next: 1 s after the first, doubling, and never more."""
 BELIEF = "over_selection"
 """The note under which the store keeps what was learned of who delivers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What the conductor asks of the service around it.
-
-    `tell`: sends a message to one device, soon. `start`: runs work beside everything else.
-    `publish`: has the newest version and the round announced, soon; a next round is opened then.
-    `publish_again`: the same, also what was announced before and may have been lost.
-    `wake`: the time of the next deadline may have changed. `online`: the devices that are
-    connected now. `clock`: monotonic seconds; `wall_clock`: seconds since the epoch.
-    """
-
-    tell: Callable[[str, Message], None]
-    start: Callable[[Coroutine[Any, Any, Any], str], None]
-    publish: Callable[[], None]
-    publish_again: Callable[[], None]
-    wake: Callable[[], None]
-    online: Callable[[], frozenset[str]]
-    clock: Callable[[], float]
-    wall_clock: Callable[[], float]
 
 
 class Conductor:
@@ -92,7 +66,6 @@ class Conductor:
         self._succession = succession
         self._intake = intake
         self._desk = desk
-        self._journal = journal
         self._workers = workers
         self._versions_limit = round_settings.versions
         self._checkins_per_s = round_settings.checkins_per_s
@@ -109,14 +82,18 @@ class Conductor:
             course=self._course,
             training=training,
             plan_sha256=plan_sha256,
-            tell=around.tell,
-            clock=around.clock,
-            wall_clock=around.wall_clock,
+            around=around,
         )
-        self._offered: dict[Key, Digest] = {}
-        self._offers = LatestOnly(self._record_offer, around.start, "offered")
-        # Set while updates can be counted; between two buffers they wait for it.
-        self._counting = asyncio.Event()
+        self.answers = Answers(
+            store=store,
+            intake=intake,
+            desk=desk,
+            journal=journal,
+            workers=workers,
+            course=self._course,
+            feed=self._feed,
+            around=around,
+        )
         self._abandoned_in_a_row = 0
         self._rests_until = 0.0
         self._limit_told = False
@@ -160,38 +137,6 @@ class Conductor:
         self._course.claims(device, examples)
         self._feed(rounds.CheckedIn(device, self._online_count()))
 
-    def offered(self, device: str, offer: messages.Offer) -> None:
-        """An offer was taken: kept in the record, for whoever asks why a device fell silent."""
-        key = (offer.round, device)
-        if self._course.has_failed(device) or self._offered.get(key) == offer.update.sha256:
-            return
-        self._offered[key] = offer.update.sha256
-        self._offers.put(device, offer)
-
-    async def _record_offer(self, device: str, offer: messages.Offer) -> None:
-        at = self._around.wall_clock()
-
-        def record() -> None:
-            self._store.record_offer(offer.round, device, contribution_of(offer), at=at)
-
-        await self._workers.durable(record)
-
-    def training_failed(self, device: str, asked_in: int | None, detail: str) -> None:
-        """A device says that no update will come. Raises `PeerError` if nobody asked it."""
-        if asked_in is None:
-            return
-        if self._course.is_foreign(device, asked_in):
-            raise PeerError(RejectReason.NOT_IN_COHORT, f"{device} was not asked")
-        if self.awaited(device, asked_in) is None or self._course.has_failed(device):
-            return
-        at = self._around.wall_clock()
-
-        def record() -> None:
-            self._store.record_failed(asked_in, device, detail, at=at)
-
-        self._around.start(self._workers.durable(record), f"failed-{device}")
-        self._feed(rounds.Failed(device, asked_in))
-
     def time_passed(self) -> None:
         """The clock reached the next deadline, or the coordinator has just started."""
         if self._course.round is None and 0 < self._rests_until <= self._around.clock():
@@ -199,54 +144,6 @@ class Conductor:
             # Perhaps the last one failed because devices never heard of its version.
             self._around.publish_again()
         self._feed(rounds.TimePassed(self._online_count()))
-
-    def reject(self, device: str, offer: messages.Offer, error: PeerError) -> None:
-        """An offer or its update is refused: recorded, counted, and the device told."""
-        # What came after its round's end belongs to that round's record, else to the open one's.
-        belated = error.reason in (RejectReason.REPLAY, RejectReason.LATE, RejectReason.STALE)
-        self._journal.refused(device, error, offer.round if belated else self.round_number)
-        self._around.tell(device, rejected_receipt(offer, error))
-        if self.awaited(device, offer.round) is None or self._course.has_failed(device):
-            return
-        at = self._around.wall_clock()
-
-        def record() -> None:
-            self._store.record_rejected(offer.round, device, error.reason, error.detail, at=at)
-
-        self._around.start(self._workers.durable(record), f"rejected-{device}")
-        self._feed(rounds.Failed(device, offer.round))
-
-    async def finish(self, upload: Upload) -> Sequence[Reply]:
-        """Decides a complete upload, durably, and tells its device. Returns grants for others."""
-        device, offer = upload.device, upload.offer
-        try:
-            counted_in, receipt = await self._accept(upload)
-        except PeerError as error:
-            others = self._desk.taken(upload, self._around.clock())
-            self.reject(device, offer, error)
-            return others
-        except FedgeError as error:
-            # It is not decided: what has arrived stays, and the device offers it again.
-            log.error("update_not_kept", device=device, round=offer.round, reason=str(error))
-            return self._desk.taken(upload, self._around.clock())
-        others = self._desk.taken(upload, self._around.clock())
-        self._around.tell(device, receipt)
-        log.info(
-            "update_accepted",
-            round=offer.round,
-            device=device,
-            counted_in=counted_in,
-            examples=offer.examples,
-            bytes=offer.update.size_bytes,
-            training_s=offer.training_s,
-            loss=offer.loss.by_epoch[-1] if offer.loss.by_epoch else None,
-        )
-        if counted_in == self.round_number:
-            self._feed(rounds.Accepted(device, offer.round))
-        elif self._course.policy.mode is Mode.ASYNC:
-            # Its buffer is full and closed already: no other counts it, and its place is free.
-            self._feed(rounds.Failed(device, offer.round))
-        return others
 
     async def adopt_newest(self) -> None:
         """Looks at the store again: another process (a rollback) may have added a version."""
@@ -269,7 +166,7 @@ class Conductor:
         resumed = await self._workers.durable(self._recover_rounds)
         if resumed is not None:
             self._course.resume(resumed)
-            self._counting.set()
+            self.answers.count()
             log.info(
                 "round_resumed",
                 round=resumed.number,
@@ -347,7 +244,7 @@ class Conductor:
             return
         now = self._around.clock()
         commands = self._course.begin(number, newest, seed=seed, previous=previous, now=now)
-        self._counting.set()
+        self.answers.count()
         self._around.wake()
         log.info("round_gathering", round=number, base=newest, ask=self._course.policy.cohort_size)
         if self._course.round is not None:
@@ -362,7 +259,7 @@ class Conductor:
         for asked_in, device in self._course.call_back_all():
             self._dismiss((device,), RejectReason.NOT_NEEDED, asked_in)
         # What still waits for a buffer to open is told that none will.
-        self._counting.set()
+        self.answers.count()
 
     def _record_round(self, number: int, base: int, seed: int) -> None:
         now, policy = self._around.wall_clock(), self._course.policy
@@ -401,7 +298,7 @@ class Conductor:
             return
         self._around.wake()
         if not turn.state.is_open:
-            self._counting.clear()
+            self.answers.hold()
         for command in turn.commands:
             if not isinstance(command, rounds.Assign):
                 self._act(turn.state, command)
@@ -447,18 +344,6 @@ class Conductor:
         self._around.wake()
         if self._course.policy.mode is Mode.ASYNC:
             self._around.start(self._asking.silence(asked_in, devices), f"silence-{asked_in}")
-
-    async def _accept(self, upload: Upload) -> tuple[int | None, messages.Receipt]:
-        if self._course.policy.mode is Mode.ASYNC:
-            # An update that comes while a version is made goes into the next buffer.
-            while not self._counting.is_set():
-                await self._counting.wait()
-        # From this check to the durable thread's queue there is no await: what is queued while the
-        # round trains is decided before `_aggregate` asks, in the same queue, what was accepted.
-        number, asked_in = self.round_number, upload.offer.round
-        if number is None or self.awaited(upload.device, asked_in) is None:
-            raise PeerError(RejectReason.LATE, f"round {asked_in} has closed")
-        return await self._workers.durable(lambda: self._intake.finish(upload, number))
 
     # ------------------------------------------------------------ endings
 
@@ -506,8 +391,7 @@ class Conductor:
         if self._course.belief != believed_before:
             text = encode_belief(self._course.belief)
             await self._workers.insist(lambda: self._store.keep_note(BELIEF, text))
-        flying = self._course.flights
-        self._offered = {key: sha for key, sha in self._offered.items() if key in flying}
+        self.answers.forget_ended()
         if isinstance(state, Round):
             for device, offer in self._desk.drop_all():
                 late = PeerError(RejectReason.LATE, f"round {state.number} has closed")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedge.coordinator.admission import Admission
 from fedge.coordinator.aftercare import Aftercare
-from fedge.coordinator.conductor import Conductor, Surroundings
+from fedge.coordinator.conductor import Conductor
 from fedge.coordinator.distribution import Distribution
 from fedge.coordinator.intake import Intake
 from fedge.coordinator.journal import Journal
@@ -29,6 +29,7 @@ from fedge.coordinator.publisher import Publisher, plan_blobs
 from fedge.coordinator.settings import ResolvedTraining, RoundSettings
 from fedge.coordinator.store import Retention, Store
 from fedge.coordinator.succession import Succession
+from fedge.coordinator.surroundings import Surroundings
 from fedge.coordinator.uploads import Upload, UploadDesk
 from fedge.coordinator.version_maker import VersionMaker
 from fedge.coordinator.workers import Workers
@@ -292,9 +293,9 @@ class Coordinator:
         try:
             replies = self._intake.awaited(device, offer, awaited, self._clock())
         except PeerError as error:
-            self._conductor.reject(device, offer, error)
+            self._conductor.answers.reject(device, offer, error)
             return
-        self._conductor.offered(device, offer)
+        self._conductor.answers.offered(device, offer)
         self._tell_all(replies)
         whole = self._desk.arrived(device)
         if whole is not None:
@@ -308,7 +309,7 @@ class Coordinator:
                 lambda: self._intake.settled(device, offer, number)
             )
         except PeerError as error:
-            self._conductor.reject(device, offer, error)
+            self._conductor.answers.reject(device, offer, error)
         else:
             self._postbox.send(device, receipt)
 
@@ -335,11 +336,11 @@ class Coordinator:
         if report.kind is messages.ReportKind.ACTIVATED:
             self._journal.saw(device, version=report.version)
         if report.kind is messages.ReportKind.TRAINING_FAILED:
-            self._conductor.training_failed(device, report.round, report.detail)
+            self._conductor.answers.training_failed(device, report.round, report.detail)
 
     async def _finish_uploads(self) -> None:
         while True:
-            self._tell_all(await self._conductor.finish(await self._complete.get()))
+            self._tell_all(await self._conductor.answers.finish(await self._complete.get()))
 
     async def _keep_time(self) -> None:
         while True:
