@@ -284,32 +284,39 @@ def main() -> None:
                 found["broker_bytes"] = int(broker.memory_info().rss)
                 asked = [e["ask"] for e in coordinator.events() if e["event"] == "round_gathering"]
             with Store.open(folder / "coordinator") as store:
-                rounds = [r for r in store.recent_rounds(100_000) if r.cohort]
-    by_goal = [r.outcome is Outcome.AGGREGATED and r.accepted >= r.goal for r in rounds]
+                closed = [r for r in store.rounds() if r.outcome is not None]
+                cohorts = [len(store.participants(r.number)) for r in closed]
+                accepted = [len(store.accepted_in(r.number)) for r in closed]
+    by_goal = [
+        record.outcome is Outcome.AGGREGATED and count >= record.goal
+        for record, count, cohort in zip(closed, accepted, cohorts, strict=True)
+        if cohort
+    ]
+    cohorts = [cohort for cohort in cohorts if cohort]
     slope = slope_of(found["memory"], 50)
     share = sum(by_goal) / len(by_goal)
     learned = by_goal[next((i + 1 for i, good in enumerate(by_goal) if not good), 0) :]
     report = {
-        "rounds": len(rounds),
+        "rounds": len(by_goal),
         "closed_by_goal": share,
         "closed_by_goal_after_the_first_miss": sum(learned) / max(1, len(learned)),
         "fixed_over_selection": fixed_share(wanted.goal, 1.3, 1000),
-        "cohorts": [r.cohort for r in rounds],
+        "cohorts": cohorts,
         "asked": asked,
         "memory_slope_bytes_a_round": slope,
         **found,
     }
     fates = found["fates"]
-    cpu_s = found["coordinator_cpu_s"] / len(rounds)
+    cpu_s = found["coordinator_cpu_s"] / len(by_goal)
     total = max(1, sum(fates.values()))
     rows = [
         ("devices, goal", f"{wanted.devices}, {wanted.goal}", ""),
-        ("rounds closed", f"{len(rounds)} in {found['seconds']:.0f} s", ""),
+        ("rounds closed", f"{len(by_goal)} in {found['seconds']:.0f} s", ""),
         ("dropped out, late", f"{fates['dropped'] / total:.1%}, {fates['late'] / total:.1%}", ""),
         ("closed by goal", f"{share:.1%}", "wanted: at least 99%"),
         ("  after the first miss", f"{report['closed_by_goal_after_the_first_miss']:.1%}", ""),
         ("  cohort fixed at 1.3", f"{report['fixed_over_selection']:.1%}", "reference"),
-        ("cohort", f"{rounds[0].cohort} at first, {rounds[-1].cohort} at last", ""),
+        ("cohort", f"{cohorts[0]} at first, {cohorts[-1]} at last", ""),
         ("memory slope", f"{slope / 1024:.1f} KiB a round", "over the last 50 rounds"),
         ("coordinator's peak", f"{found['coordinator_peak_bytes'] / 1e6:.0f} MB", ""),
         (

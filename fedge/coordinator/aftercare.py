@@ -1,13 +1,13 @@
 """Aftercare: what is done for a version once it is out, and nobody waits for.
 
 It is measured, if there is a test set; older versions are taken back from the broker; what the
-operator does not want kept is deleted. Each may fail without harm: the next version's turn tries
-again.
+operator does not want kept is deleted. Each may fail without harm: what is to be deleted is deleted
+in the next version's turn, and a version that could not be measured has no measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class Aftercare:
         retention: Retention | None,
         evaluate: Evaluate | None,
         evaluate_every: int,
-        keep_devices: Callable[[Iterable[str]], None],
+        keep_devices: Callable[[frozenset[str]], None],
         start: Callable[[Coroutine[Any, Any, Any], str], None],
         wall_clock: Callable[[], float],
     ) -> None:
@@ -58,6 +58,7 @@ class Aftercare:
         self._keep_devices = keep_devices
         self._start = start
         self._wall_clock = wall_clock
+        self._forgotten = False
 
     def published(self, version: VersionRecord) -> None:
         """A version is out for the first time in this process's life."""
@@ -91,6 +92,8 @@ class Aftercare:
             return
         if collected.bytes_freed:
             log.info("collected", **asdict(collected))
-        if collected.devices:
+        self._forgotten = self._forgotten or collected.devices > 0
+        if self._forgotten:
             known = await self._workers.durable(self._store.devices)
-            self._keep_devices(device.name for device in known)
+            self._forgotten = False
+            self._keep_devices(frozenset(device.name for device in known))

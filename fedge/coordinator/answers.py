@@ -78,6 +78,10 @@ class Answers:
         self._offers.put(device, offer)
 
     async def _record_offer(self, device: str, offer: Offer) -> None:
+        # It may have waited while the device was written off: that record must not be undone.
+        gone = self._course.awaited(device, offer.round) is None
+        if gone or self._course.has_failed(device):
+            return
         at = self._around.wall_clock()
 
         def record() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from fedge.coordinator.buffer import Buffer
 from fedge.coordinator.course import AnyRound, Course
+from fedge.coordinator.latest import LatestOnly
 from fedge.coordinator.rounds import Round, device_seed
 from fedge.coordinator.settings import ResolvedTraining
 from fedge.coordinator.store import Store
@@ -42,6 +43,7 @@ class Asking:
         self._training = training
         self._plan_sha256 = plan_sha256
         self._around = around
+        self._repeats = LatestOnly(self._assign_again, around.start, "assign-again")
 
     async def ask(self, state: AnyRound, asked: frozenset[str]) -> bool:
         """Records that these devices are asked, and tells them; False if the round has ended.
@@ -60,12 +62,15 @@ class Asking:
             await self.silence(state.number, sorted(asked - wanted))
         return True
 
-    async def assign_again(self, state: AnyRound, devices: Iterable[str]) -> None:
+    def assign_again(self, state: AnyRound, devices: Iterable[str]) -> None:
         """Tells devices that have lost their assignment. Who is not in the record is told later."""
-        recorded = await self._workers.durable(
-            lambda: {p.device for p in self._store.participants(state.number)}
-        )
-        self.assign(state, [device for device in devices if device in recorded])
+        for device in devices:
+            self._repeats.put(device, state)
+
+    async def _assign_again(self, device: str, state: AnyRound) -> None:
+        known = await self._workers.durable(lambda: self._store.participant(state.number, device))
+        if known is not None and self._course.awaited(device, state.number) is not None:
+            self.assign(state, [device])
 
     def assign(self, state: AnyRound, devices: Iterable[str]) -> None:
         """Tells devices that are in the record what to do."""

@@ -48,6 +48,13 @@ class Attendance:
             self._unconfirmed.discard(device)
         return True
 
+    def keep_only(self, devices: Iterable[str]) -> None:
+        """Forgets every other device."""
+        known = set(devices)
+        self._online &= known
+        self._unconfirmed &= known
+        self._boots = {device: boot for device, boot in self._boots.items() if device in known}
+
     def heard(self, device: str) -> bool:
         """Any message came from the device just now. Returns whether it was thought absent."""
         self._unconfirmed.discard(device)

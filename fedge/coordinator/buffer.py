@@ -14,13 +14,14 @@ still (round, device), the round being the one that asked: so a device is asked 
     a flight lands, fails, expires    the first in line is asked
     goal reached                      CLOSING
     deadline, or later, with quorum   CLOSING
-    deadline without quorum           nobody new is asked; open while somebody flies: what was
-                                      accepted is not thrown away for being early
+    deadline without quorum           open while somebody flies: what was accepted is not thrown
+                                      away for being early; nobody new is asked when a second
+                                      deadline has passed
     … and nobody flies any more       ABANDONED: in the next round everybody may be asked again
     superseded                        ABANDONED, and every flight is called back
 
-The deadline counts from the first asking, and each flight has one deadline more at most: so from
-there a buffer ends within two deadlines, whoever is silent.
+The deadline counts from the first asking. Places that the silent held until then go to those who
+wait; so a buffer ends within three deadlines of its first asking, whoever is silent.
 
 Pure, as `rounds` is, whose events and commands it shares.
 """
@@ -61,8 +62,7 @@ class Flight:
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """The state. `until`: from then on a quorum is enough and nobody new is asked, in the caller's
-    clock; it counts anew from the first asking.
+    """The state. `until`: from then on a quorum is enough (caller's clock, from the first asking).
 
     `asked`: devices that were asked in this round. `waiting`: devices that are ready, first come
     first. `flights`: work under way, of this round and of earlier ones. `accepted`: what is in the
@@ -152,17 +152,14 @@ def _go_on(state: Buffer, policy: RoundPolicy, now: float) -> tuple[Buffer, Sequ
         return replace(state, phase=Phase.CLOSING, waiting=()), (Aggregate(),)
     state, commands = _ask(state, policy, now)
     if now >= state.until and state.asked and not state.flights:
-        reason = (
-            f"the deadline came with {len(state.accepted)} updates and nobody is at work any more; "
-            f"the quorum is {policy.quorum}"
-        )
-        return replace(state, phase=Phase.ABANDONED), (Abandon(reason),)
+        short = Abandon("the deadline came", needed=policy.quorum)
+        return replace(state, phase=Phase.ABANDONED), (short,)
     return state, commands
 
 
 def _ask(state: Buffer, policy: RoundPolicy, now: float) -> tuple[Buffer, Sequence[Command]]:
     """Gives the free places to those who wait longest."""
-    if state.asked and now >= state.until:
+    if state.asked and now >= state.until + policy.deadline_s:
         return state, ()
     flying = {device for _, device in state.flights}
     free = max(0, policy.concurrency - len(flying - set(state.waiting)))

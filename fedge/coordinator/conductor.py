@@ -306,10 +306,9 @@ class Conductor:
         if turn.asked:
             self._around.start(self._ask(turn.state, turn.asked), "ask")
             return
-        again = [c for c in turn.commands if isinstance(c, rounds.Assign)]
-        for command in again:
-            lost = self._asking.assign_again(turn.state, command.devices)
-            self._around.start(lost, "assign-again")
+        for command in turn.commands:
+            if isinstance(command, rounds.Assign):
+                self._asking.assign_again(turn.state, command.devices)
 
     async def _ask(self, state: AnyRound, asked: frozenset[str]) -> None:
         if await self._asking.ask(state, asked) and isinstance(state, Round):
@@ -330,8 +329,12 @@ class Conductor:
                 self._dismiss(devices, reason, state.number if asked_in is None else asked_in)
             case rounds.Aggregate():
                 self._around.start(self._aggregate(state), f"aggregate-{state.number}")
-            case rounds.Abandon(reason):
-                self._around.start(self._abandon(state, reason), f"abandon-{state.number}")
+            case rounds.Abandon(reason, needed):
+                if needed is None:
+                    ending = self._abandon(state, reason)
+                else:
+                    ending = self._fall_short(state, reason, needed)
+                self._around.start(ending, f"abandon-{state.number}")
 
     def _dismiss(self, devices: tuple[str, ...], reason: RejectReason, asked_in: int) -> None:
         for device in devices:
@@ -371,6 +374,15 @@ class Conductor:
         )
         await self._end_round(state)
 
+    async def _fall_short(self, state: AnyRound, why: str, needed: int) -> None:
+        # Behind whatever was being decided when the machine gave up: that counts, too.
+        accepted = await self._workers.insist(lambda: self._store.accepted_in(state.number))
+        if len(accepted) >= needed:
+            await self._aggregate(state)
+        else:
+            reason = f"{why} with {len(accepted)} updates; the quorum is {needed}"
+            await self._abandon(state, reason)
+
     async def _abandon(self, state: AnyRound, reason: str) -> None:
         at = self._around.wall_clock()
         await self._workers.insist(lambda: self._record_abandoned(state.number, reason, at))
@@ -388,9 +400,8 @@ class Conductor:
         self._course.end()
         if self._course.devices_to_ask != asked_before:
             log.info("over_selection", ask=self._course.devices_to_ask, before=asked_before)
-        if self._course.belief != believed_before:
-            text = encode_belief(self._course.belief)
-            await self._workers.insist(lambda: self._store.keep_note(BELIEF, text))
+        changed = self._course.belief != believed_before
+        belief = encode_belief(self._course.belief) if changed else None
         self.answers.forget_ended()
         if isinstance(state, Round):
             for device, offer in self._desk.drop_all():
@@ -399,4 +410,6 @@ class Conductor:
         kept = self._course.rounds_with_files()
         # On the durable thread, after whatever upload is still being decided there.
         await self._workers.insist(lambda: self._desk.keep_only(kept))
+        if belief is not None:
+            await self._workers.insist(lambda: self._store.keep_note(BELIEF, belief))
         self._around.publish()

@@ -15,7 +15,11 @@ from fedge.coordinator.publisher import Publisher
 from fedge.coordinator.store import Store, VersionRecord
 from fedge.coordinator.workers import Workers
 from fedge.schemas.blobs import BlobRef, ChunkSet
+from fedge.schemas.errors import StoreError
 from fedge.schemas.ids import Digest
+from fedge.schemas.logs import EventLog
+
+log = EventLog(__name__)
 
 REPEAT_S = 2.0
 """The same blob is not repeated more often, however many devices miss it, or say so."""
@@ -85,7 +89,11 @@ class Distribution:
         for ref in self._wanted:
             if ref.sha256 == sha256 and ref.chunk_count == missing.chunk_count:
                 self._repeated_at[sha256] = now
-                await self._publisher.repeat(ref, missing)
+                try:
+                    await self._publisher.repeat(ref, missing)
+                except StoreError as error:
+                    # The device says again what it misses.
+                    log.error("not_repeated", sha256=sha256[:12], reason=str(error))
 
     async def _note(self, refs: Iterable[BlobRef]) -> None:
         fresh = [ref for ref in refs if ref.sha256 not in self._noted]

@@ -65,7 +65,7 @@ class Journal:
         self._due.set()
 
     def _log(self, device: str | None, error: PeerError, round_number: int | None) -> None:
-        if error.reason is RejectReason.LIMIT_EXCEEDED:
+        if error.reason is RejectReason.LIMIT_EXCEEDED or device is None:
             now = self._wall_clock()
             # Also when the clock was set back: then the difference is negative.
             if 0 <= now - self._limited.get(device, -math.inf) < QUIET_S:

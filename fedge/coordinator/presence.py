@@ -51,6 +51,10 @@ class PresenceDesk:
         """Begins with those who were online when the coordinator last knew."""
         self._attendance = Attendance(online)
 
+    def keep_only(self, devices: Iterable[str]) -> None:
+        """Forgets every other device."""
+        self._attendance.keep_only(devices)
+
     @property
     def online(self) -> frozenset[str]:
         """The devices that are believed to be connected."""

@@ -18,7 +18,7 @@ from fedge.coordinator.publisher import Publisher, announcement_of
 from fedge.coordinator.store import VersionRecord
 from fedge.coordinator.succession import Succession
 from fedge.schemas.blobs import BlobRef
-from fedge.schemas.errors import LinkClosed, LinkError, StoreUnavailable
+from fedge.schemas.errors import LinkClosed, LinkError, StoreError, StoreUnavailable
 from fedge.schemas.logs import EventLog
 
 log = EventLog(__name__)
@@ -86,9 +86,12 @@ class Publication:
             except LinkError as error:
                 log.error("not_published", reason=str(error))
                 self._start(self._later(REFUSED_AGAIN_S), "publish-later")
-            except StoreUnavailable as error:
+            except StoreError as error:
+                # Also a blob that is gone: a copy of another place's is fetched again then.
                 log.error("not_published", reason=str(error))
-                self._start(self._later(PUBLISH_AGAIN_S), "publish-later")
+                passing = isinstance(error, StoreUnavailable)
+                wait_s = PUBLISH_AGAIN_S if passing else REFUSED_AGAIN_S
+                self._start(self._later(wait_s), "publish-later")
 
     async def keep_reminding(self, conductor: Conductor) -> None:
         """A broker may drop an announcement, or all answers to it, and nobody would ever know."""

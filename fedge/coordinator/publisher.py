@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from fedge.coordinator.store import VersionRecord
 from fedge.schemas.blob_files import BlobDirectory, read_chunk
 from fedge.schemas.blobs import BlobRef, ChunkSet
-from fedge.schemas.errors import LinkError
+from fedge.schemas.errors import LinkError, StoreError
 from fedge.schemas.link.protocol import MAX_IN_FLIGHT, Link
 from fedge.schemas.logs import EventLog
 from fedge.schemas.messages import Message, RollCall, VersionAnnouncement, encode
@@ -88,7 +88,7 @@ class Publisher:
     async def seed(self, refs: Iterable[BlobRef]) -> None:
         """Publishes every chunk of the blobs that this connection has not seen yet.
 
-        Raises `LinkError` if the broker refuses one.
+        Raises `LinkError` if the broker refuses one, `StoreError` if one cannot be read.
         """
         for ref in refs:
             if ref.sha256 not in self._seeded:
@@ -146,6 +146,6 @@ class Publisher:
             async with asyncio.TaskGroup() as group:
                 for _ in range(MAX_IN_FLIGHT):
                     group.create_task(publish_rest(), name=f"publish-{sha256[:8]}")
-        except* LinkError as failed:
-            # One refusal, not a group of eight: callers deal with what the broker said.
+        except* (LinkError, StoreError) as failed:
+            # One refusal, not a group of eight: callers deal with what the broker or the disk said.
             raise failed.exceptions[0] from None

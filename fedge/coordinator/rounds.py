@@ -195,9 +195,14 @@ class Aggregate:
 
 @dataclass(frozen=True, slots=True)
 class Abandon:
-    """Record that no version comes from this round."""
+    """Record that no version comes from this round.
+
+    `needed`: with so many updates one is made all the same, if the record has them: one may have
+    been accepted in this very moment. None if nothing can help.
+    """
 
     reason: str
+    needed: int | None = None
 
 
 Command = Assign | Defer | Dismiss | Aggregate | Abandon
@@ -277,10 +282,7 @@ def _time_passed(
         return closed, commands
     if len(state.accepted) >= policy.quorum:
         return _close(state)
-    return _abandon(
-        state,
-        f"the deadline came with {len(state.accepted)} updates; the quorum is {policy.quorum}",
-    )
+    return _abandon(state, "the deadline came", needed=policy.quorum)
 
 
 def _maybe_begin(
@@ -316,11 +318,8 @@ def _maybe_close(state: Round, policy: RoundPolicy) -> tuple[Round, Sequence[Com
     if state.accepted | state.failed >= state.cohort:
         if len(state.accepted) >= min(policy.quorum, goal):
             return _close(state)
-        return _abandon(
-            state,
-            f"all {len(state.cohort)} devices answered and {len(state.accepted)} updates were "
-            f"accepted; the quorum is {policy.quorum}",
-        )
+        why = f"all {len(state.cohort)} devices answered"
+        return _abandon(state, why, needed=min(policy.quorum, goal))
     return state, ()
 
 
@@ -330,8 +329,10 @@ def _close(state: Round) -> tuple[Round, Sequence[Command]]:
     return replace(state, phase=Phase.CLOSING), commands
 
 
-def _abandon(state: Round, reason: str) -> tuple[Round, Sequence[Command]]:
-    commands: list[Command] = [Abandon(reason)]
+def _abandon(
+    state: Round, reason: str, *, needed: int | None = None
+) -> tuple[Round, Sequence[Command]]:
+    commands: list[Command] = [Abandon(reason, needed)]
     commands += _dismissals(state, RejectReason.ROUND_ABANDONED)
     return replace(state, phase=Phase.ABANDONED), commands
 

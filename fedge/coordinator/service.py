@@ -1,9 +1,10 @@
 """The coordinator as a service: events in from two sessions, and their answers out.
 
-One event loop owns everything here. What must be durable, and what computes, runs on threads of
-its own; on the loop are only short reads of the store and writes of single chunks. This module
-parses what comes, hands it to the part that decides (`Intake` for offers and chunks, `Conductor`
-for rounds), and publishes. It is the one place where a bad message becomes a counted refusal.
+One event loop owns everything here. What must be durable, and what computes, runs on threads of its
+own; on the loop are only short reads of the store, writes of single chunks, and a look at what an
+earlier process left of an upload. This module parses what comes, hands it to the part that decides
+(`Intake` for offers and chunks, `Conductor` for rounds), and publishes. It is the one place where a
+bad message becomes a counted refusal.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ class Coordinator:
             retention=retention,
             evaluate=evaluate,
             evaluate_every=evaluate_every,
-            keep_devices=self._admission.keep_only,
+            keep_devices=self._keep_devices,
             start=self._start,
             wall_clock=wall_clock,
         )
@@ -250,6 +251,8 @@ class Coordinator:
             elif address.message is not None and address.device is not None:
                 self._admission.listen(address.device, self._clock())
                 message = messages.decode(address.message, delivery.payload)
+                if self._is_an_old_death(address.device, message, retained=delivery.retained):
+                    return
                 self._admission.admit(address.device)
                 self._dispatch(address.device, message, retained=delivery.retained)
         except PeerError as error:
@@ -257,6 +260,15 @@ class Coordinator:
         except StoreUnavailable as error:
             # No receipt, no credit: the device says it again, and meanwhile somebody makes space.
             self._workers.storage.failed(error)
+
+    def _is_an_old_death(self, device: str, message: Message, *, retained: bool) -> bool:
+        # The broker keeps the last word of devices that the operator's retention has forgotten.
+        dead = isinstance(message, messages.Presence) and not message.online
+        return retained and dead and not self._admission.is_known(device)
+
+    def _keep_devices(self, names: frozenset[str]) -> None:
+        self._admission.keep_only(names)
+        self._presence.keep_only(names)
 
     def _refuse(self, device: str | None, error: PeerError) -> None:
         if device is not None and error.reason is not RejectReason.LIMIT_EXCEEDED:

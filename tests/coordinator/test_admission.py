@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
-from fedge.coordinator.admission import BURST, FORGET_ABOVE, MESSAGES_PER_S, Admission
+from fedge.coordinator.admission import (
+    BURST,
+    FORGET_ABOVE,
+    MESSAGES_PER_S,
+    STRANGERS_BURST,
+    Admission,
+)
 from fedge.schemas.errors import PeerError, RejectReason
 
 
@@ -26,7 +34,7 @@ def test_a_flood_is_cut_to_its_rate_and_others_notice_nothing():
 
 
 def test_a_device_that_was_too_fast_is_heard_again():
-    admission = Admission((), limit=10)
+    admission = Admission(["a"], limit=10)
     for _ in range(BURST):
         admission.listen("a", 0.0)
     assert refused(admission, "a", 0.0)
@@ -49,6 +57,19 @@ def test_a_name_is_taken_up_when_its_message_was_read_and_not_before():
     assert admission.is_known("honest")
 
 
+def test_strangers_share_one_rate():
+    admission = Admission(["known"], limit=10**6)
+    for index in range(10 * STRANGERS_BURST):
+        with contextlib.suppress(PeerError):
+            admission.listen(f"garbage-{index}", 0.0)
+    # One entry for all of them; a device that is known does not feel it.
+    assert len(admission._spent) == 1
+    with pytest.raises(PeerError):
+        admission.listen("one more", 0.0)
+    admission.listen("known", 0.0)
+    admission.listen("one more", 1.0)
+
+
 def test_a_device_that_was_forgotten_makes_room_for_another():
     admission = Admission(["old", "gone"], limit=2)
     admission.keep_only(["old"])
@@ -58,6 +79,8 @@ def test_a_device_that_was_forgotten_makes_room_for_another():
 
 def test_rates_of_quiet_devices_are_forgotten():
     admission = Admission((), limit=10**6)
-    for index in range(2 * FORGET_ABOVE):
-        admission.listen(f"d{index}", float(index))
+    names = [f"d{index}" for index in range(2 * FORGET_ABOVE)]
+    admission.keep_only(names)
+    for index, name in enumerate(names):
+        admission.listen(name, float(index))
     assert len(admission._spent) <= FORGET_ABOVE + 1

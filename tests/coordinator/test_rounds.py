@@ -146,7 +146,7 @@ def test_the_deadline_abandons_a_round_without_a_quorum_and_says_why() -> None:
     played.feed(Accepted("a"))
     played.now = played.state.until
     abandon, dismiss = played.feed(TimePassed(online=4))
-    assert abandon == Abandon("the deadline came with 1 updates; the quorum is 2")
+    assert abandon == Abandon("the deadline came", needed=2)
     assert dismiss == Dismiss(("b", "c", "d"), RejectReason.ROUND_ABANDONED)
 
 

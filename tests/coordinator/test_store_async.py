@@ -12,9 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from fedge.coordinator.store import (
     DeviceSighting,
-    Outcome,
     ParticipantStatus,
-    RoundSummary,
     Store,
 )
 from fedge.schemas.blobs import describe
@@ -163,24 +161,6 @@ def test_a_thousand_are_silenced_at_once(store):
     assert store.participant(1, "pi-7").until == 640.0
     store.silence(1, iter(names), at=2.0)
     assert store.in_flight() == ()
-
-
-def test_recent_rounds_are_told_in_numbers(store):
-    store.open_round(a_round(1))
-    store.record_assignment(1, ["a", "b", "c", "d"], train_until=640.0, at=40.0)
-    store.record_accepted(1, "a", contribution(), at=50.0)
-    store.record_failed(1, "b", "out of memory", at=51.0)
-    store.record_rejected(1, "c", RejectReason.NOT_FINITE, "NaN", at=52.0)
-    store.record_version(version(1, round_number=1, at=60.0))
-    store.open_round(a_round(2, base=1))
-    store.abandon_round(2, "nobody is ready", at=61.0)
-    store.open_round(asynchronous(3, base=1))
-    told = store.recent_rounds(10)
-    assert told == (
-        RoundSummary(1, "sync", 2, 4, 1, 2, Outcome.AGGREGATED, 10.0, 60.0, 640.0),
-        RoundSummary(2, "sync", 2, 0, 0, 0, Outcome.ABANDONED, 10.0, 61.0, None),
-    )
-    assert store.recent_rounds(1) == told[1:]
 
 
 # ---------------------------------------------------------------- what is on the broker

@@ -181,7 +181,6 @@ def test_older_rounds_keep_their_row_and_lose_their_details(filled):
     assert [r.version for r in filled.rounds()] == [1, 2, 3, 4, 5]
     assert [len(filled.participants(n)) for n in range(1, 6)] == [0, 0, 0, 3, 3]
     assert sorted(r.round or 0 for r in filled.refusals()) == [0, 5]
-    assert [r.number for r in filled.recent_rounds(10)] == [4, 5]
     assert filled.collect(Retention(rounds=2), now=time.time()).rounds == 0
 
 

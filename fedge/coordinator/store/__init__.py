@@ -19,7 +19,6 @@ from fedge.coordinator.store.records import (
     Retention,
     RoundRecord,
     RoundReport,
-    RoundSummary,
     VersionRecord,
 )
 from fedge.coordinator.store.store import Store
@@ -38,7 +37,6 @@ __all__ = [
     "Retention",
     "RoundRecord",
     "RoundReport",
-    "RoundSummary",
     "Store",
     "VersionRecord",
 ]

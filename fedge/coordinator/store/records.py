@@ -107,22 +107,6 @@ class RoundRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class RoundSummary:
-    """A closed round in numbers. `cohort`: devices asked; `failed`: those failed or rejected."""
-
-    number: int
-    mode: str
-    goal: int
-    cohort: int
-    accepted: int
-    failed: int
-    outcome: Outcome
-    opened_at: float
-    closed_at: float
-    train_until: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class Contribution:
     """What a device says about its update in its offer."""
 

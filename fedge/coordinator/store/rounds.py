@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import func, insert, select, true
+from sqlalchemy import insert, select
 
 from fedge.coordinator.store.database import Database
 from fedge.coordinator.store.queries import (
@@ -16,10 +16,9 @@ from fedge.coordinator.store.records import (
     ParticipantStatus,
     RoundRecord,
     RoundReport,
-    RoundSummary,
 )
-from fedge.coordinator.store.rows import round_of, round_values, summary_of
-from fedge.coordinator.store.tables import participants, rounds
+from fedge.coordinator.store.rows import round_of, round_values
+from fedge.coordinator.store.tables import rounds
 
 _FAILED = (ParticipantStatus.FAILED.value, ParticipantStatus.REJECTED.value)
 
@@ -57,38 +56,6 @@ class Rounds:
         with self._database.read() as connection:
             unfinished = select(rounds).where(rounds.c.outcome.is_(None)).order_by(rounds.c.number)
             return tuple(round_of(row) for row in connection.execute(unfinished))
-
-    def recent_rounds(self, limit: int) -> tuple[RoundSummary, ...]:
-        """The newest closed rounds whose details are kept, at most `limit`, the oldest first."""
-        newest = (
-            select(rounds)
-            .where(rounds.c.outcome.is_not(None), rounds.c.details_kept == true())
-            .order_by(rounds.c.number.desc())
-            .limit(limit)
-            .subquery()
-        )
-        status = participants.c.status
-        counts = (
-            func.count(participants.c.device).label("cohort"),
-            func.count(status).filter(status == ParticipantStatus.ACCEPTED).label("accepted"),
-            func.count(status).filter(status.in_(_FAILED)).label("failed"),
-        )
-        facts = [
-            newest.c[name]
-            for name in (
-                *("number", "mode", "goal", "outcome"),
-                *("opened_at", "closed_at", "train_until"),
-            )
-        ]
-        statement = (
-            select(*facts, *counts)
-            .select_from(newest)
-            .outerjoin(participants, participants.c.round == newest.c.number)
-            .group_by(*facts)
-            .order_by(newest.c.number)
-        )
-        with self._database.read() as connection:
-            return tuple(summary_of(row) for row in connection.execute(statement))
 
     def round_report(self, round_number: int) -> RoundReport | None:
         """Everything kept about a round, as of one moment; None if there is no such round."""

@@ -13,7 +13,6 @@ from fedge.coordinator.store.records import (
     PlanRecord,
     RefusalRecord,
     RoundRecord,
-    RoundSummary,
     VersionRecord,
 )
 from fedge.schemas.errors import RejectReason
@@ -91,13 +90,6 @@ def round_of(row: AnyRow) -> RoundRecord:
     values["phase"] = RoundPhase(values["phase"])
     values["outcome"] = None if values["outcome"] is None else Outcome(values["outcome"])
     return RoundRecord(**values)
-
-
-def summary_of(row: AnyRow) -> RoundSummary:
-    """The closed round, with its counts, in a row."""
-    values = dict(row._mapping)
-    values["outcome"] = Outcome(values["outcome"])
-    return RoundSummary(**values)
 
 
 def contribution_values(contribution: Contribution) -> Values:
