@@ -20,8 +20,9 @@ help:  ## Say what can be made
 	@echo "make demo    a broker, a coordinator and 4 agents learn handwritten digits, on this computer"
 	@echo "             other wishes: make demo DEMO='--devices 8 --split shards'; fedge demo --help"
 	@echo "make test    every test, unit and end to end; one of them: make test TEST_OPTIONS='-k name'"
-	@echo "make chaos   a fleet under seeded faults, and what was lost or counted twice: nothing"
+	@echo "make chaos   a fleet under seeded faults; checks that nothing was lost or counted twice"
 	@echo "             other wishes: make chaos SECONDS=600 SEED=1 CHAOS='--devices 8 --list'"
+	@echo "             needs Mosquitto; the first time it installs the development extra, as test does"
 	@echo "make lint    ruff, rules and formatting"
 	@echo "make types   mypy, strict"
 	@echo "make clean   remove what was built, measured and shown; distclean removes .venv, too"
@@ -59,6 +60,7 @@ $(DEMO_READY): pyproject.toml
 
 $(DEV_READY): pyproject.toml
 	@$(MAKE) --no-print-directory check-python
+	@echo "installing Fedge with its development extra into $(VENV); only this once, some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch $@ $(DEMO_READY)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis  # noqa: F401 -- torch imports it, and CPython 3.11 may fail to in another thread
 import pytest
 
 from tests.brokers import MOSQUITTO, MosquittoBroker, find_free_port

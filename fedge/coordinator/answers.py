@@ -132,7 +132,13 @@ class Answers:
             return others
         except FedgeError as error:
             # It is not decided: what has arrived stays, and the device offers it again.
-            log.error("update_not_kept", device=device, round=offer.round, reason=str(error))
+            log.warning(
+                "update_not_kept_yet",
+                device=device,
+                round=offer.round,
+                reason=str(error),
+                advice="the device has it still, and offers it again",
+            )
             return self._desk.taken(upload, self._around.clock())
         others = self._desk.taken(upload, self._around.clock())
         self._around.tell(device, receipt)

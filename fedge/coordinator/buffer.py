@@ -162,8 +162,15 @@ def _ask(state: Buffer, policy: RoundPolicy, now: float) -> tuple[Buffer, Sequen
     if state.asked and now >= state.until + policy.deadline_s:
         return state, ()
     flying = {device for _, device in state.flights}
-    free = max(0, policy.concurrency - len(flying - set(state.waiting)))
-    chosen = state.waiting[:free]
+    free = policy.concurrency - len(flying)
+    chosen: list[str] = []
+    for device in state.waiting:
+        # One that still flies in an earlier round has a place already.
+        if device not in flying:
+            if free <= 0:
+                continue
+            free -= 1
+        chosen.append(device)
     if not chosen:
         return state, ()
     flight = Flight(state.base, now + policy.deadline_s)
@@ -173,9 +180,9 @@ def _ask(state: Buffer, policy: RoundPolicy, now: float) -> tuple[Buffer, Sequen
         until=state.until if state.asked else flight.until,
         flights=flights,
         asked=state.asked | set(chosen),
-        waiting=state.waiting[len(chosen) :],
+        waiting=tuple(device for device in state.waiting if device not in chosen),
     )
-    return state, (Assign(chosen),)
+    return state, (Assign(tuple(chosen)),)
 
 
 def _superseded(state: Buffer, by: int) -> tuple[Buffer, Sequence[Command]]:

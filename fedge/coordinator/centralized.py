@@ -16,6 +16,7 @@ from fedge.coordinator.datasets import Examples
 from fedge.coordinator.evaluation import Evaluation
 from fedge.coordinator.task import SGD, Adam, Task
 from fedge.schemas.errors import ConfigError
+from fedge.schemas.measures import measured
 
 _TEST_BATCH = 256
 
@@ -95,5 +96,9 @@ def _evaluate(task: Task, model: nn.Module, test_set: TensorDataset) -> Evaluati
         for inputs, targets in DataLoader(test_set, _TEST_BATCH):
             output = model(inputs)
             sums += torch.stack([measure(output, targets).sum().double() for measure in measures])
-    means = [float(total) / len(test_set) for total in sums]
-    return Evaluation(len(test_set), means[0], dict(zip(task.metrics, means[1:], strict=True)))
+    examples = len(test_set)
+    loss, *totals = (float(total) for total in sums)
+    metrics = measured(
+        dict(zip(task.metrics, totals, strict=True)), examples, tuple(task.metrics), task.ratios
+    )
+    return Evaluation(examples, loss / examples, metrics)

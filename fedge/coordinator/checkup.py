@@ -67,7 +67,7 @@ def check(
     store: Store, state_dir: Path, retention: Retention, *, now: float, progress: Progress
 ) -> Checkup:
     """Checks all of the state. Raises `StoreUnavailable` if the database cannot be reached."""
-    problems = list(_check_database(store))
+    problems = [*_check_database(store), *_check_owner(store)]
     with store.database.read() as connection:
         problems += _check_promises(connection)
         counts = [
@@ -113,6 +113,15 @@ def _check_database(store: Store) -> Iterator[Problem]:
             yield Problem(
                 f"a row of {row[0]} refers to a row of {row[2]} that is not there", RESTORE
             )
+
+
+def _check_owner(store: Store) -> Iterator[Problem]:
+    if not store.owns_its_blobs():
+        yield Problem(
+            "the files of this state are marked as another state's, which deletes what it does not "
+            "name",
+            "see that [store] names the right database; this state cannot be served from there",
+        )
 
 
 def _check_promises(connection: Connection) -> Iterator[Problem]:

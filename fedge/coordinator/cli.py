@@ -15,7 +15,7 @@ import click
 from fedge import __version__
 from fedge.coordinator.command_options import config_option as _config
 from fedge.coordinator.command_options import json_option as _json
-from fedge.coordinator.db_commands import db
+from fedge.coordinator.db_commands import db, open_store
 from fedge.coordinator.tasks import BUILT_IN_TASKS
 from fedge.schemas.errors import ConfigError
 from fedge.schemas.logs import set_up_logging
@@ -364,10 +364,7 @@ def _settings(config_path: Path) -> Settings:
 
 
 def _store(config_path: Path) -> Store:
-    from fedge.coordinator.store import Store  # noqa: PLC0415 -- as above
-
-    settings = _settings(config_path)
-    return Store.open(settings.state_dir, settings.store.database, blobs=settings.store.blobs)
+    return open_store(_settings(config_path))
 
 
 def _version(store: Store, number: int) -> VersionRecord:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fedge.coordinator.command_options import config_option, json_option
-from fedge.schemas.errors import StoreError, StoreUnavailable
+from fedge.schemas.errors import ConfigError, StoreError, StoreUnavailable
 from fedge.schemas.process import EXIT_FAILED
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def check(config_path: Path, as_json: bool) -> None:
 
     settings = load(config_path)
     try:
-        with _store(settings) as store, _progress("checked") as progress:
+        with open_store(settings) as store, _progress("checked") as progress:
             found = checkup.check(
                 store,
                 settings.state_dir,
@@ -98,7 +98,7 @@ def backup(path: Path, config_path: Path, as_json: bool) -> None:
     from fedge.coordinator.settings import load  # noqa: PLC0415 -- as above
 
     settings = load(config_path)
-    with _store(settings) as store, _progress("copied") as progress:
+    with open_store(settings) as store, _progress("copied") as progress:
         manifest = make_backup(store, settings.state_dir, path, now=time.time(), progress=progress)
     if as_json:
         click.echo(manifest.model_dump_json(indent=2))
@@ -159,6 +159,11 @@ def restore(path: Path, config_path: Path, as_json: bool, replace: bool, gap: in
             now=time.time(),
             progress=progress,
         )
+    stopped = stopped_by(
+        settings.round.versions,
+        version=done.version,
+        newest_version=done.manifest.newest_version,
+    )
     facts = {
         "population": done.manifest.population,
         "made_at": done.manifest.made_at,
@@ -167,6 +172,8 @@ def restore(path: Path, config_path: Path, as_json: bool, replace: bool, gap: in
         "round": done.round,
         "abandoned": done.abandoned,
         "replaced": done.replaced,
+        "aside": done.aside,
+        "stopped": None if stopped is None else dataclasses.asdict(stopped),
         "damage": done.damage,
     }
     if as_json:
@@ -183,6 +190,11 @@ def restore(path: Path, config_path: Path, as_json: bool, replace: bool, gap: in
         click.echo(f"the old state is in {settings.state_dir / done.replaced}")
         if settings.store.database is not None:
             click.echo(f"and its tables are in the schema {done.replaced}")
+    if done.aside is not None:
+        click.echo(
+            f"files that this backup does not name are in {settings.state_dir / done.aside}: "
+            "delete them when no other state wants them"
+        )
     if done.damage is not None:
         click.echo(
             f"the old state is damaged ({done.damage}), so how far its numbers had gone is not "
@@ -190,12 +202,67 @@ def restore(path: Path, config_path: Path, as_json: bool, replace: bool, gap: in
             "again with a larger --gap"
         )
     click.echo("start `fedge serve`: it publishes that version")
+    if stopped is not None:
+        click.echo(stopped.said)
 
 
-def _store(settings: Settings) -> Store:
+def open_store(settings: Settings) -> Store:
+    """The state that the configuration names, for a command that looks.
+
+    Raises as `Store.open` does, and `ConfigError` if it is another population's.
+    """
     from fedge.coordinator.store import Store  # noqa: PLC0415 -- see the top of the file
 
-    return Store.open(settings.state_dir, settings.store.database, blobs=settings.store.blobs)
+    store = Store.open(settings.state_dir, settings.store.database, blobs=settings.store.blobs)
+    try:
+        _check_population(store, settings)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _check_population(store: Store, settings: Settings) -> None:
+    found = store.population()
+    if found not in (None, settings.population):
+        raise ConfigError(
+            f"the state in {settings.store.database or settings.state_dir.resolve()} belongs to "
+            f"population {found!r}, and the configuration says {settings.population!r}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stopped:
+    """Why no round begins after a restore. `versions`: what `[round] versions` is.
+
+    `version`: the number that it would have to be above. `raise_to`: for as many versions as were
+    still to come when the backup was made; None if none were.
+    """
+
+    versions: int
+    version: int
+    raise_to: int | None
+
+    @property
+    def said(self) -> str:
+        """For people."""
+        how = "below" if self.versions < self.version else "not above"
+        wish = "" if self.raise_to is None else f" (to {self.raise_to} for as many as before)"
+        return (
+            f"[round] versions = {self.versions} is {how} {self.version}: no round begins until "
+            f"you raise it{wish}"
+        )
+
+
+def stopped_by(versions: int | None, *, version: int, newest_version: int) -> Stopped | None:
+    """Whether `[round] versions` ends training at the `version` that a restore went on with.
+
+    `newest_version`: what that was called in the backup.
+    """
+    if versions is None or versions > version:
+        return None
+    to_come = versions - newest_version
+    return Stopped(versions, version, version + to_come if to_come > 0 else None)
 
 
 def _show_checkup(found: Checkup) -> None:

@@ -22,7 +22,7 @@ DEFAULT_BATCH_SIZE = 256
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Means over `examples` examples: the loss, and each metric by its name in the plan."""
+    """Over `examples` examples: the mean loss, and each measure by its name in the plan."""
 
     examples: int
     loss: float
@@ -70,9 +70,10 @@ class Evaluator:
         if not np.isfinite(sums).all():
             named = {name: float(value) for name, value in zip(outputs, sums, strict=True)}
             raise PlanError(f"the evaluation is not finite: sums {named}")
-        means = sums / len(self._test_set)
-        metrics = dict(zip(self._manifest.metrics, map(float, means[1:]), strict=True))
-        return Evaluation(len(self._test_set), float(means[0]), metrics)
+        examples = len(self._test_set)
+        by_metric = dict(zip(self._manifest.metrics, map(float, sums[1:]), strict=True))
+        metrics = self._manifest.measured(by_metric, examples)
+        return Evaluation(examples, float(sums[0]) / examples, metrics)
 
     def _run(self, outputs: tuple[str, ...], fed: Tensors, rows: slice) -> list[float]:
         batch = {

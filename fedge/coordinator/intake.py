@@ -140,7 +140,7 @@ class Intake:
                 RejectReason.OVERSIZED,
                 f"an update of {offer.update.size_bytes} bytes, at most {self._limit_bytes}",
             )
-        foreign = sorted(set(offer.metrics) - set(self._manifest.metrics))
+        foreign = sorted(set(offer.metrics) - set(self._manifest.measures))
         if foreign:
             raise PeerError(RejectReason.UNKNOWN_FIELD, f"the plan has no metrics {foreign}")
 

@@ -105,7 +105,8 @@ class Journal:
         except StoreUnavailable:
             # What is known of devices, each once, is written later; counts of refusals are for
             # people, and are not kept in memory for a disk.
-            log.warning("refusals_not_recorded", count=len(refusals))
+            if refusals:
+                log.warning("refusals_not_recorded", count=len(refusals))
             for device, newer in self._sightings.items():
                 older = sightings.get(device)
                 sightings[device] = newer if older is None else _merged(older, newer)

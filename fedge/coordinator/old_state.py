@@ -19,7 +19,8 @@ from sqlalchemy import Connection, func, select
 from fedge.coordinator.backup import BLOBS, UPLOADS, sync_folder
 from fedge.coordinator.store import schema, snapshot
 from fedge.coordinator.store.database import DATABASE_FILE, Database, sqlite_url
-from fedge.coordinator.store.tables import facts, rounds, versions
+from fedge.coordinator.store.ownership import owner_in
+from fedge.coordinator.store.tables import rounds, versions
 from fedge.schemas.blob_files import BlobDirectory
 from fedge.schemas.errors import StoreError, StoreUnavailable
 
@@ -75,11 +76,10 @@ def read_old_state(place: Place, server: Database | None) -> OldState | None:
 
 def _read(connection: Connection) -> OldState:
     # In words that every schema understands.
-    owner = connection.scalar(select(facts.c.value).where(facts.c.name == "blobs_owner"))
     return OldState(
         connection.scalar(select(func.max(versions.c.number))) or 0,
         connection.scalar(select(func.max(rounds.c.number))) or 0,
-        owner,
+        owner_in(connection),
     )
 
 
@@ -95,7 +95,7 @@ def keep_old_state(place: Place, old: OldState, folder: Path) -> None:
         BlobDirectory(place.state_dir / BLOBS).sweep()
     for name in (UPLOADS,) if place.blobs else (BLOBS, UPLOADS):
         if (place.state_dir / name).exists():
-            shutil.copytree(place.state_dir / name, folder / name, copy_function=_link)
+            shutil.copytree(place.state_dir / name, folder / name, copy_function=link)
     if place.database is not None:
         return
     if old.damage is None:
@@ -129,7 +129,8 @@ def _fold_log(database: Path) -> None:
         return
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str | Path, target: str | Path) -> None:
+    """Gives a file that is never written again a second name. Raises `OSError`."""
     try:
         os.link(source, target)
     except OSError:

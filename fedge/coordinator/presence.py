@@ -67,7 +67,7 @@ class PresenceDesk:
 
     def heard(self, device: str, presence: Presence, *, retained: bool) -> None:
         """A birth or a will."""
-        online = presence.online
+        online, was_online = presence.online, device in self._attendance.online
         if not self._attendance.present(device, presence.boot, online=online, retained=retained):
             # The will of an earlier life: the device has started again since.
             return
@@ -77,11 +77,13 @@ class PresenceDesk:
             online=online,
             agent_version=presence.agent_version or None,
         )
-        log.info("device_online" if online else "device_offline", device=device)
+        if online != was_online:
+            log.info("device_online" if online else "device_offline", device=device)
 
     def spoke(self, device: str) -> None:
         """Any other message came over the device's control session."""
         if self._attendance.heard(device):
+            log.info("device_online", device=device)
             self._journal.saw(device, online=True)
 
     async def call_roll(self) -> None:

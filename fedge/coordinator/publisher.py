@@ -40,8 +40,7 @@ def announcement_of(version: VersionRecord, plan: BlobRef) -> VersionAnnouncemen
 
 def plan_blobs(manifest: PlanManifest, plan: BlobRef) -> tuple[BlobRef, ...]:
     """Every blob of a plan, its manifest first."""
-    graphs = manifest.graphs
-    return (plan, graphs.train, graphs.eval, graphs.infer, manifest.golden)
+    return (plan, *manifest.blobs)
 
 
 class Publisher:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fedge.coordinator.onnx_session import RUNTIME_ERRORS, open_session
+from fedge.coordinator.task import forward
 from fedge.schemas.blobs import DEFAULT_CHUNK_BYTES, BlobRef, describe
 from fedge.schemas.errors import PeerError, PlanError, PlanRefused
 from fedge.schemas.ids import Digest, sha256
@@ -48,7 +49,8 @@ class Release:
 class Releaser:
     """Makes releases of one plan.
 
-    `new_model`: gives the task's module; its weights are replaced by the version's.
+    `new_model`: gives the task's module; its weights are replaced by the version's. `infer`: what
+    it answers applications, see `Task`.
     `blobs`: digest → bytes, with at least the plan's `infer` graph and golden inputs.
     Raises `PlanRefused` if one of them is not there or does not fit the manifest.
     """
@@ -59,8 +61,10 @@ class Releaser:
         manifest: PlanManifest,
         blobs: Mapping[Digest, bytes],
         *,
+        infer: Callable[[nn.Module, torch.Tensor], torch.Tensor] = forward,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     ) -> None:
+        self._answer = infer
         self._manifest = manifest
         self._chunk_bytes = chunk_bytes
         self._model = new_model().eval()
@@ -109,7 +113,7 @@ class Releaser:
     def _run_torch(self, weights: Tensors) -> Array:
         load_weights(self._model, weights)
         with torch.inference_mode():
-            output = self._model(torch.from_numpy(self._golden_inputs["input"]))
+            output = self._answer(self._model, torch.from_numpy(self._golden_inputs["input"]))
         return np.asarray(output.numpy())
 
     def _run_onnx(self, weights: Tensors) -> tuple[Array, Digest, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum
@@ -14,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedge.coordinator.buffer import staleness_weight
+from fedge.coordinator.rounds import Mode
 from fedge.coordinator.store import (
     DeviceRecord,
     ParticipantRecord,
@@ -23,7 +26,10 @@ from fedge.coordinator.store import (
 )
 
 # Names, details and versions come from devices: nothing in them is markup.
-console = Console(highlight=False, soft_wrap=True, markup=False)
+# What goes into a pipe is for `grep`: no line is cut there.
+console = Console(
+    highlight=False, soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 1000
+)
 
 
 def show_versions(versions: Sequence[VersionRecord], *, as_json: bool) -> None:
@@ -98,6 +104,8 @@ def show_round(report: RoundReport, *, as_json: bool) -> None:
         + (f" ({record.reason})" if record.reason else "")
     )
     console.print(f"goal {record.goal}, quorum {record.quorum}, took {_duration(record)}")
+    if record.mode == Mode.ASYNC.value:
+        _show_buffer(report)
     table = _table("device", "status", "examples", "loss", "training", "bytes", "reason")
     for participant in report.participants:
         table.add_row(*_participant_cells(participant))
@@ -112,6 +120,27 @@ def show_round(report: RoundReport, *, as_json: bool) -> None:
                 refusal.device or "-", refusal.reason.value, str(refusal.count), refusal.last_detail
             )
         console.print(refused)
+
+
+def _show_buffer(report: RoundReport) -> None:
+    """In asynchronous mode work outlives the round that asked for it."""
+    record = report.round
+    made = "its version" if record.version is None else f"version {record.version}"
+    console.print(f"in {made}, {len(report.counted)} updates:")
+    counted = _table("device", "asked in", "base", "versions behind", "weight")
+    for one in report.counted:
+        behind = 0 if one.base is None else record.base - one.base
+        counted.add_row(
+            one.device,
+            str(one.round),
+            _or_dash(one.base),
+            str(behind),
+            f"{staleness_weight(behind):.3f}",
+        )
+    console.print(counted)
+    console.print(
+        "asked in this round; their updates count in the version that is open when they come:"
+    )
 
 
 def show_devices(devices: Sequence[DeviceRecord], *, as_json: bool) -> None:

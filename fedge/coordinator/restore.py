@@ -9,7 +9,9 @@ The new state is complete beside the old one before it takes its place, in one s
 is renamed, or a server's tables change in one transaction. Files are only added before that, since
 blobs have the names of their bytes, and what the new state does not name is left for the next
 coordinator to sweep. So a crash leaves the old state or the new one, whole, and a restore that is
-run again finds either. The old one is in `replaced-…` from just before that step.
+run again finds either. The old one is in `replaced-…` from just before that step. The new state has
+a mark of its own on its files: where the old one still has its database, after a move from SQLite
+to PostgreSQL or back, it may not serve there any more.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import delete, insert, select, text, true, update
+from sqlalchemy import insert, select, text, true, update
 from sqlalchemy.schema import CreateSchema
 
 from fedge.coordinator.backup import (
@@ -39,14 +41,16 @@ from fedge.coordinator.old_state import (
     OldState,
     Place,
     keep_old_state,
+    link,
     read_old_state,
     settle_in,
 )
 from fedge.coordinator.store import Outcome, ParticipantStatus, RoundRecord, schema, snapshot
 from fedge.coordinator.store.database import DATABASE_FILE, Database
+from fedge.coordinator.store.ownership import give_owner, mark_folder, owner_in, owners_of
 from fedge.coordinator.store.queries import UNANSWERED, close_round, version_numbered
 from fedge.coordinator.store.rows import round_values, version_values
-from fedge.coordinator.store.tables import devices, facts, metadata, participants, rounds, versions
+from fedge.coordinator.store.tables import devices, metadata, participants, rounds, versions
 from fedge.schemas.blob_files import BlobDirectory
 from fedge.schemas.errors import ConfigError, StoreError, StoreUnavailable
 from fedge.schemas.ids import Digest
@@ -67,8 +71,9 @@ class Restored:
     """What was done. `version`, `round`: the numbers above which work goes on.
 
     `abandoned`: the rounds that were open. `replaced`: the name of the folder, and on PostgreSQL of
-    the schema, that holds the old state now; None if there was none. `damage`: why the old state
-    did not say how far its numbers had gone; None if it did.
+    the schema, that holds the old state now; None if there was none. `aside`: the name of the
+    folder that holds files that the backup does not name, where no old state did; None without any.
+    `damage`: why the old state did not say how far its numbers had gone; None if it did.
     """
 
     manifest: BackupManifest
@@ -76,6 +81,7 @@ class Restored:
     round: int
     abandoned: tuple[int, ...]
     replaced: str | None = None
+    aside: str | None = None
     damage: str | None = None
 
 
@@ -93,9 +99,10 @@ def restore_backup(
 
     `replace`: a state that is there is replaced, and kept aside. `gap`: how many versions and
     rounds may have been published since the backup was made.
-    Raises `ConfigError` if a coordinator serves, if there is a state and `replace` is False, or if
-    the backup is another population's; `StoreError` if the backup is damaged or the disk refuses;
-    `StoreUnavailable` also while the state that is there cannot be read: its numbers must be known.
+    Raises `ConfigError` if a coordinator serves, if there is a state, or there are files of one
+    that the backup is not of, and `replace` is False, or if the backup is another population's;
+    `StoreError` if the backup is damaged or the disk refuses; `StoreUnavailable` also while the
+    state that is there cannot be read: its numbers must be known.
     """
     manifest = verify_backup(backup, progress=progress)
     if manifest.population != population:
@@ -105,7 +112,7 @@ def restore_backup(
         )
     try:
         place.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with StateLock(place.state_dir, "coordinator"), _folder_in(place.state_dir) as made:
+        with _alone_in(place.state_dir), _folder_in(place.state_dir) as made:
             return _restore(backup, manifest, place, made, replace=replace, gap=gap, now=now)
     except OSError as error:
         # Where many files were refused, the error has their names and no word of the system.
@@ -138,19 +145,24 @@ def _restore(
         fresh = made / DATABASE_FILE
         shutil.copyfile(backup / DATABASE_FILE, fresh)
         restored = _continue_above(fresh, manifest, old or OldState(), gap=gap, now=now)
+        marks = _Marks.of(place, fresh, old, replace=replace)
         kept = made / _ASIDE
         name = f"replaced-{datetime.fromtimestamp(now, UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
         if old is not None:
             keep_old_state(place, old, kept)
             restored = dataclasses.replace(restored, replaced=name, damage=old.damage)
-        _bring_blobs(backup, manifest, place, fresh=fresh, old=old, aside=kept)
+        _bring_blobs(backup, manifest, place, marks.there, old=old, aside=kept)
         if kept.exists():
             settle_in(kept, place.state_dir / name)
+            if old is None:
+                restored = dataclasses.replace(restored, aside=name)
+        marks.let_both_in()
         # Until here it is the old state, whole; after the next call it is the new one.
         if target is None:
             _put_in_place(fresh, place.state_dir)
         else:
             _fill(target, fresh, restored.replaced)
+        marks.let_only_the_new_in()
     finally:
         if target is not None:
             target.close()
@@ -211,29 +223,90 @@ def _continue_above(
     return Restored(manifest, version.number, mark.number, tuple(abandoned))
 
 
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """Whose the files are, while one state takes the place of another.
+
+    `marked`, `marked_there`: the marks found in the folder and in the other place for blobs,
+    `there`, if one is named. `new`: the mark of the state that is made.
+    """
+
+    folder: Path
+    marked: tuple[str, ...]
+    there: RemoteBlobs | None
+    marked_there: tuple[str, ...]
+    new: str
+
+    @classmethod
+    def of(cls, place: Place, fresh: Path, old: OldState | None, *, replace: bool) -> _Marks:
+        """Gives the `fresh` database a new mark, if its state may have the files at `place`.
+
+        Raises `ConfigError` if they are neither the old state's nor the one's that was backed up.
+        """
+        there, folder = None, place.state_dir / BLOBS
+        if place.blobs is not None:
+            from fedge.coordinator.store.remote_blobs import RemoteBlobs  # noqa: PLC0415 -- for few
+
+            there = RemoteBlobs(folder, place.blobs)
+        marked, marked_there = owners_of(folder), () if there is None else there.owners()
+        known = {None if old is None else old.blobs_owner}
+        database = Database(snapshot.file_url(fresh))
+        try:
+            with database.write() as connection:
+                known.add(owner_in(connection))
+                new = give_owner(connection)
+        finally:
+            database.close()
+        snapshot.seal(fresh)
+        if there is not None and marked_there and known.isdisjoint(marked_there):
+            raise there.is_of_another()
+        if marked and known.isdisjoint(marked) and not replace:
+            raise ConfigError(
+                f"{folder} holds files of another state than the one that was backed up; with "
+                "--replace this backup takes its place, and all of them are kept"
+            )
+        return cls(folder, marked, there, marked_there, new)
+
+    def let_both_in(self) -> None:
+        """A state that had the files may serve until the new one is in its place, and that, too."""
+        # Without any mark the folder is the state's whose files lie in it.
+        if self.marked:
+            mark_folder(self.folder, (*self.marked, self.new))
+        if self.there is not None and self.marked_there:
+            self.there.mark((*self.marked_there, self.new))
+
+    def let_only_the_new_in(self) -> None:
+        """From now on no other state deletes here what it does not name."""
+        if self.there is not None:
+            self.there.mark((self.new,))
+        mark_folder(self.folder, (self.new,))
+
+
 def _bring_blobs(
     backup: Path,
     manifest: BackupManifest,
     place: Place,
+    there: RemoteBlobs | None,
     *,
-    fresh: Path,
     old: OldState | None,
     aside: Path,
 ) -> None:
     """Puts the blobs of the backup beside the old ones, of which none goes.
 
-    `aside`: gets those of another place that the next coordinator would delete there.
+    `aside`: gets those that the next coordinator would delete and that are not kept there yet.
     """
     saved = BlobDirectory(backup / BLOBS)
-    if place.blobs is None:
+    if there is None:
         folder = BlobDirectory(place.state_dir / BLOBS)
+        if old is None:
+            # They may be of a state that has its database elsewhere.
+            for digest in folder.digests():
+                if digest not in manifest.blobs:
+                    (aside / BLOBS).mkdir(mode=0o700, parents=True, exist_ok=True)
+                    link(folder.path(digest), aside / BLOBS / digest)
         for digest in manifest.blobs:
             folder.put(saved.read(digest))
         return
-    from fedge.coordinator.store.remote_blobs import RemoteBlobs  # noqa: PLC0415 -- for few
-
-    there = RemoteBlobs(place.state_dir / BLOBS, place.blobs)
-    _check_owner(there, fresh, old)
     for digest in there.digests():
         if digest not in manifest.blobs:
             # The new state does not name it and will delete it: the old one may want it back.
@@ -241,28 +314,6 @@ def _bring_blobs(
     for digest, size_bytes in manifest.blobs.items():
         if not there.has(digest) or there.describe(digest)[0] != size_bytes:
             there.put(saved.read(digest))
-
-
-def _check_owner(there: RemoteBlobs, fresh: Path, old: OldState | None) -> None:
-    """The new state takes over the mark on its blobs, if the mark is its own or the old state's."""
-    owner = there.owner()
-    if owner is None:
-        return
-    database = Database(snapshot.file_url(fresh))
-    try:
-        with database.write() as connection:
-            mine = facts.c.name == "blobs_owner"
-            marked = connection.scalar(select(facts.c.value).where(mine))
-            if owner not in (marked, None if old is None else old.blobs_owner):
-                raise ConfigError(
-                    f"[store] blobs = {there.url!r} belongs to another coordinator's state: name a "
-                    "folder of its own"
-                )
-            connection.execute(delete(facts).where(mine))
-            connection.execute(insert(facts).values(name="blobs_owner", value=owner))
-    finally:
-        database.close()
-    snapshot.seal(fresh)
 
 
 def _copy_if_whole(there: RemoteBlobs, digest: Digest, folder: Path) -> None:
@@ -305,6 +356,22 @@ def _fill(target: Database, fresh: Path, aside: str | None) -> None:
         ) from error
     finally:
         source.close()
+
+
+@contextmanager
+def _alone_in(state_dir: Path) -> Iterator[None]:
+    """No coordinator serves meanwhile."""
+    try:
+        lock = StateLock(state_dir, "coordinator")
+    except ConfigError as error:
+        holder = StateLock.holder(state_dir)
+        if holder is None:
+            raise
+        raise ConfigError(
+            f"a coordinator (process {holder}) serves {state_dir.resolve()}: stop it first"
+        ) from error
+    with lock:
+        yield
 
 
 @contextmanager

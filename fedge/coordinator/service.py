@@ -229,6 +229,8 @@ class Coordinator:
                     link.ack(event)
 
     def _came_up(self, link: Link) -> None:
+        # They have one broker, and each has a wait of its own.
+        (self._control if link is self._bulk else self._bulk).hurry()
         if link is self._bulk:
             self._publisher.forget()
         else:
@@ -345,8 +347,17 @@ class Coordinator:
             round=report.round,
             detail=report.detail,
         )
-        if report.kind is messages.ReportKind.ACTIVATED:
+        if report.kind in (messages.ReportKind.ACTIVATED, messages.ReportKind.VERSION_IGNORED):
             self._journal.saw(device, version=report.version)
+        if report.kind is messages.ReportKind.VERSION_IGNORED:
+            log.error(
+                "coordinator_is_behind",
+                device=device,
+                device_has_seen=report.version,
+                newest=self._succession.newest.number,
+                advice="devices wait for a higher number: restore a backup with a larger --gap, or "
+                "begin anew with a population of another name",
+            )
         if report.kind is messages.ReportKind.TRAINING_FAILED:
             self._conductor.answers.training_failed(device, report.round, report.detail)
 

@@ -30,7 +30,7 @@ from fedge.coordinator.version_maker import VersionMaker
 from fedge.schemas.blob_files import BlobDirectory
 from fedge.schemas.blobs import describe
 from fedge.schemas.errors import ConfigError, PlanError
-from fedge.schemas.ids import Digest
+from fedge.schemas.ids import Digest, sha256
 from fedge.schemas.logs import EventLog
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensors import Tensors, read_tensors
@@ -186,6 +186,8 @@ def fingerprint_of(task: Task) -> str:
         "features": task.features.model_dump(),
         "target": task.target.model_dump(),
         "metrics": sorted(task.metrics),
+        "ratios": [ratio.model_dump() for ratio in task.ratios],
+        "vocabulary": None if task.vocabulary is None else sha256(task.vocabulary.encode()),
         "optimizer": repr(task.optimizer),
         "reduction": task.loss_reduction,
         "defaults": task.defaults.model_dump(),
@@ -262,6 +264,7 @@ def _build(
                     task.get().new_model,
                     manifest,
                     {digest: blobs.read(digest) for digest in files},
+                    infer=task.get().infer,
                     chunk_bytes=chunk_bytes,
                 )
             )

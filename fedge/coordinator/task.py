@@ -35,12 +35,17 @@ from torch.nn import functional
 
 from fedge.coordinator.tasks import BUILT_IN_TASKS
 from fedge.schemas.errors import ConfigError
-from fedge.schemas.features import FeatureSpec, TargetSpec
+from fedge.schemas.features import FeatureSpec, TargetSpec, WordFeatures
+from fedge.schemas.measures import RatioSpec
 from fedge.schemas.plan import TrainingDefaults
 from fedge.schemas.tensors import Array
+from fedge.schemas.words import Vocabulary
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
 """`(output, target) -> [batch]`: one number for each example."""
+
+Infer = Callable[[nn.Module, Tensor], Tensor]
+"""`(model, input) -> output`: what a model answers an application."""
 
 _TASK_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 _METRIC_NAME = re.compile(r"[a-z0-9_]{1,40}")
@@ -89,11 +94,12 @@ class SimulationDefaults:
     `split`: `iid`, `shards` (two label-sorted shards a device: McMahan et al. 2017, section 3),
     `dirichlet:ALPHA` (label skew: Hsu et al. 2019), `weighted:W1,W2,…` (random, sizes by weight),
     `ordered` (equal runs in the order of the data).
+    `data`: `python-topics` is text that ships with Python, `split` then `users`: one each.
     `strategy`: `fedavg` averages a cohort; `cyclic` passes the model from device to device, a round
     being one visit.
     """
 
-    data: Literal["sklearn-digits", "mnist", "inline"] | None = None
+    data: Literal["sklearn-digits", "mnist", "inline", "python-topics"] | None = None
     devices: int = 4
     rounds: int = 10
     split: str = "iid"
@@ -103,6 +109,12 @@ class SimulationDefaults:
     examples: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = ()
 
 
+def forward(model: nn.Module, inputs: Tensor) -> Tensor:
+    """The model's own output."""
+    output: Tensor = model(inputs)
+    return output
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """What is learned.
@@ -110,7 +122,11 @@ class Task:
     `model`: a zero-argument factory, usually the class. `forward` takes the features' tensor and
     returns one tensor whose first dimension is the batch.
     `loss`: `(output, target) -> [batch]`, one loss for each example, not reduced.
-    `metrics`: name → `(output, target) -> [batch]`; devices report their sums.
+    `metrics`: name → `(output, target) -> [batch]`; devices report their sums. `ratios`: measures
+    that are ratios of two metrics' sums, told in their place (`perplexity`, a mean over words).
+    `infer`: what applications get, where that is not what the loss needs: a function of the model
+    and the features' tensor, usually a method (`NextWord.suggest`). Without it, `forward`.
+    `vocabulary`: the words of word features, which all devices share.
     `loss_reduction`: how a batch's losses become the objective: their mean or their sum.
     `seed`: of the initial weights.
     `sample`: `(generator, n) -> raw examples`, as devices store them, for a model that not every
@@ -126,6 +142,9 @@ class Task:
     features: FeatureSpec
     target: TargetSpec
     metrics: Mapping[str, PerExample] = field(default_factory=dict)
+    ratios: tuple[RatioSpec, ...] = ()
+    infer: Infer = forward
+    vocabulary: Vocabulary | None = None
     optimizer: SGD | Adam = field(default_factory=SGD)
     defaults: TrainingDefaults = field(default_factory=TrainingDefaults)
     loss_reduction: Literal["mean", "sum"] = "mean"
@@ -134,6 +153,13 @@ class Task:
     simulation: SimulationDefaults = field(default_factory=SimulationDefaults)
 
     def __post_init__(self) -> None:
+        if isinstance(self.features, WordFeatures):
+            words = None if self.vocabulary is None else len(self.vocabulary)
+            if words != self.features.words:
+                raise ConfigError(
+                    f"the features of task {self.name!r} are of {self.features.words} word "
+                    f"numbers, its vocabulary has {words}"
+                )
         if not _TASK_NAME.fullmatch(self.name):
             raise ConfigError(
                 f"the task name {self.name!r} must be 1 to 63 lower-case letters, digits, "

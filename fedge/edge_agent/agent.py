@@ -18,24 +18,30 @@ from typing import Any
 
 from fedge.edge_agent import commands, events, machine
 from fedge.edge_agent.activator import Activator
+from fedge.edge_agent.checkpoints import Checkpoints
 from fedge.edge_agent.contributor import Contributor
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.download import Downloads
 from fedge.edge_agent.durable import disk
+from fedge.edge_agent.eligibility_watch import Pace, watch_for
 from fedge.edge_agent.library import Library
 from fedge.edge_agent.offers import Offers
 from fedge.edge_agent.outbox import Outbox
 from fedge.edge_agent.pacing import Pacing
+from fedge.edge_agent.participation import ParticipationSettings, first_round_after, is_sampled
 from fedge.edge_agent.presence import Presence, next_boot
 from fedge.edge_agent.settings import Settings
 from fedge.edge_agent.state import AgentState
 from fedge.edge_agent.storage_watch import StorageWatch
 from fedge.edge_agent.trainer.jobs import CountJob
 from fedge.edge_agent.trainer.process import Trainer, TrainerKilled
+from fedge.edge_agent.typed_texts import TypedTexts
 from fedge.edge_agent.upload import Uploads
+from fedge.edge_agent.usage import UsageMeter
 from fedge.edge_agent.versions import Versions
 from fedge.schemas import messages, topics
 from fedge.schemas.errors import (
+    FedgeError,
     LinkClosed,
     LinkError,
     PeerError,
@@ -62,7 +68,7 @@ class EdgeAgent:
     """One device. `run` ends when it is cancelled; what was begun goes on at the next start.
 
     `trainer` may be shared by the virtual devices of a fleet. `rng`: jitter. `wall_clock`: seconds
-    since the epoch, for the boot number alone.
+    since the epoch, for the boot number, the hours and the daily limits alone.
     Raises `StoreError` for a state folder that cannot be used, and `ConfigError` if another agent
     uses it.
     """
@@ -76,6 +82,8 @@ class EdgeAgent:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._device = settings.device
+        self._population = settings.population
+        self._policies: ParticipationSettings = settings.participation
         self._data: DataConfig | None = settings.data
         self._trainer = trainer
         self._rng = rng
@@ -89,6 +97,12 @@ class EdgeAgent:
             self._lock = StateLock(state_dir, "agent")
         library = Library(state_dir, settings.storage.cache_limit_bytes)
         self._memory = AgentState.open_whole(state_dir / "agent.sqlite")
+        try:
+            self._memory.bind_population(settings.population)
+        except FedgeError:
+            self._memory.close()
+            self._lock.release()
+            raise
         boot = next_boot(self._memory, state_dir / "boot", wall_clock())
         self._outbox = Outbox(self._memory, state_dir / "outbox", self._device)
         self._storage = StorageWatch(self._device)
@@ -110,6 +124,21 @@ class EdgeAgent:
             feed=self._feed,
             report=self._send,
         )
+        self._typed: TypedTexts | None = None
+        if settings.data is not None and TypedTexts.are_named_by(settings.data):
+            self._typed = TypedTexts(self._device, settings.data, settings.examples.limits)
+        self._checkpoints = Checkpoints(state_dir / "checkpoint")
+        meter = UsageMeter(self._memory, self._storage, wall_clock)
+        self._watch = watch_for(
+            self._device,
+            rules=settings.eligibility,
+            policies=self._policies,
+            own_pids=lambda: trainer.pids,
+            used=meter.lines,
+            examples=lambda: self._state.examples,
+            changed=lambda standing: self._feed(events.EligibilityChanged(standing.eligible)),
+            wall_clock=wall_clock,
+        )
         self._contributor = Contributor(
             self._device,
             data=settings.data,
@@ -119,6 +148,9 @@ class EdgeAgent:
             library=library,
             outbox=self._outbox,
             held=lambda: self._versions.held,
+            checkpoints=None if self._watch is None else self._checkpoints,
+            meter=meter if self._policies.has_limits else None,
+            typed=self._typed,
         )
         self._offers = Offers(
             self._device,
@@ -136,6 +168,9 @@ class EdgeAgent:
         self._state = machine.Agent()
         self._fetching: asyncio.Task[None] | None = None
         self._training: asyncio.Task[None] | None = None
+        self._suspending: asyncio.Task[None] | None = None
+        self._overdue: asyncio.Task[None] | None = None
+        self._takes_no_part: str | None = None
         self._roll: asyncio.Task[None] | None = None
         self._group: asyncio.TaskGroup
 
@@ -160,6 +195,8 @@ class EdgeAgent:
                     (self._offers.run(), "offer"),
                 ):
                     self._group.create_task(work, name=f"{name}-{self._device}")
+                if self._watch is not None:
+                    self._group.create_task(self._watch.run(), name=f"look-{self._device}")
                 self._start(self._count_examples(), "count")
                 self._feed(events.Recovered(self._memory.failures()))
                 if self._state.announced is not None:
@@ -178,11 +215,16 @@ class EdgeAgent:
         active = self._versions.recover()
         held = self._versions.held
         waiting = self._outbox.rounds
+        took_part = self._memory.newest_round()
         self._state = machine.Agent(
+            # Until the first look nobody knows.
+            eligible=self._watch is None,
+            every_rounds=self._policies.every_rounds,
+            took_part=took_part,
             announced=held,
             held=None if held is None else held.number,
             active=None if active is None else active.version,
-            assigned=max([*waiting, self._memory.newest_round()]),
+            assigned=max([*waiting, took_part]),
             outbox=waiting,
         )
 
@@ -193,6 +235,8 @@ class EdgeAgent:
             event = await link.next_event()
             match event:
                 case LinkUp():
+                    # They have one broker, and each has a wait of its own.
+                    (self._bulk if link is self._control else self._control).hurry()
                     if link is self._control:
                         self._start(self._presence.announce_birth(self._control), "birth")
                         self._feed(events.Connected())
@@ -221,13 +265,17 @@ class EdgeAgent:
         if address.sha256 is not None and address.chunk is not None:
             self._downloads.received(address.sha256, address.chunk, payload)
 
-    def _dispatch(self, message: Message) -> None:
+    def _dispatch(self, message: Message) -> None:  # noqa: PLR0912 -- one for each message
         match message:
             case messages.VersionAnnouncement():
                 self._versions.announced(message)
+                newest = self._state.announced
+                if newest is not None and message.number < newest.number:
+                    self._start(self._versions.complain(message, newest.number), "complain")
                 self._feed(events.VersionSeen(message))
             case messages.RoundAnnouncement():
-                self._feed(events.RoundSeen(message))
+                self._checkpoints.forget_before(message.oldest_wanted)
+                self._feed(events.RoundSeen(message, self._is_sampled(message.round)))
             case messages.RollCall():
                 if self._roll is None or self._roll.done():
                     self._roll = self._start(self._answer_roll(message.spread_s), "roll")
@@ -265,14 +313,29 @@ class EdgeAgent:
         if self._storage.attempt("receipt", lambda: self._outbox.settle(number, status, reason)):
             self._feed(events.Receipted(receipt))
 
+    def _is_sampled(self, number: int) -> bool:
+        policies, reason = self._policies, None
+        period_rounds, last = policies.sampling_period_rounds, self._state.took_part
+        sampled = is_sampled(self._population, self._device, number, period_rounds)
+        if not sampled:
+            reason = f"sampling_period_rounds: one round in {period_rounds}"
+        elif last < number < first_round_after(last, policies.every_rounds):
+            reason = f"every_rounds: {policies.every_rounds} from the last one, {last}"
+        if reason not in (None, self._takes_no_part):
+            log.info("takes_no_part", device=self._device, round=number, reason=reason)
+        self._takes_no_part = reason
+        return sampled
+
     # ------------------------------------------------------------ acting
 
     def _feed(self, event: events.Event) -> None:
         self._state, wanted = machine.step(self._state, event)
         for command in wanted:
             self._act(command)
+        if self._watch is not None:
+            self._watch.set_pace(_pace_of(self._state))
 
-    def _act(self, command: commands.Command) -> None:
+    def _act(self, command: commands.Command) -> None:  # noqa: PLR0912 -- one for each command
         match command:
             case commands.Fetch(version):
                 self._cancel(self._fetching)
@@ -297,12 +360,23 @@ class EdgeAgent:
             case commands.KeepFailures(failures):
                 self._storage.attempt("failures", lambda: self._memory.keep_failures(failures))
             case commands.Train(assignment):
-                self._cancel(self._training)
+                self._cancel(self._overdue)
+                if self._training is not self._suspending:
+                    self._cancel(self._training)
                 self._training = self._start(
-                    self._contribute(assignment), f"train-{assignment.round}"
+                    self._contribute(assignment, self._suspending), f"train-{assignment.round}"
                 )
-            case commands.StopTraining():
+            case commands.Suspend(assignment):
+                self._suspending = self._training
+                self._contributor.suspend()
+                self._cancel(self._overdue)
+                self._overdue = self._start(
+                    self._wait_until_due(assignment), f"due-{assignment.round}"
+                )
+            case commands.StopTraining(number):
+                self._cancel(self._overdue)
                 self._cancel(self._training)
+                self._checkpoints.forget(number)
             case commands.SendOffer(number):
                 self._start(self._offers.offer(number), f"offer-{number}")
             case commands.Forget(number):
@@ -313,23 +387,50 @@ class EdgeAgent:
                 )
                 self._start(self._send(report), f"report-{number}")
 
-    async def _contribute(self, assignment: Assignment) -> None:
+    async def _contribute(
+        self, assignment: Assignment, suspending: asyncio.Task[None] | None
+    ) -> None:
         self._activator.training(under_way=True)
         try:
+            if suspending is not None and not suspending.done():
+                # It leaves what this one goes on from, or was done before it could be stopped.
+                await asyncio.wait([suspending])
+                if not machine.trains(self._state, assignment.round):
+                    return
             event = await self._contributor.contribute(assignment)
         finally:
             # One that was stopped may end after the next one has begun.
             if self._training is asyncio.current_task():
                 self._activator.training(under_way=False)
-        self._feed(event)
+        if event is not None:
+            self._feed(event)
+
+    async def _wait_until_due(self, assignment: Assignment) -> None:
+        due_s = self._contributor.due_s(assignment)
+        await asyncio.sleep(due_s - asyncio.get_running_loop().time())
+        standing = None if self._watch is None else self._watch.standing
+        waited_for = "" if standing is None else "; ".join(standing.reasons)
+        reason = (
+            f"not done by the deadline, {assignment.deadline_s:.0f} s: the device is not eligible "
+            f"({waited_for})"
+        )
+        log.info("training_overdue", device=self._device, round=assignment.round, reason=reason)
+        self._feed(events.Overdue(assignment.round, reason))
 
     async def _count_examples(self) -> None:
         if self._data is None:
             self._feed(events.Counted(0))
             return
+        if self._typed is not None:
+            await self._typed.keep_counting(self._counted)
         examples = await self._count(CountJob(data=self._data))
         log.info("examples_counted", device=self._device, examples=examples)
+        self._counted(examples)
+
+    def _counted(self, examples: int) -> None:
         self._feed(events.Counted(examples))
+        if self._watch is not None:
+            self._watch.look_again()
 
     async def _count(self, job: CountJob) -> int:
         reason = ""
@@ -380,3 +481,14 @@ class EdgeAgent:
     def _cancel(self, task: asyncio.Task[None] | None) -> None:
         if task is not None and task is not asyncio.current_task():
             task.cancel()
+
+
+def _pace_of(state: machine.Agent) -> Pace:
+    """What the readings are needed for."""
+    match None if state.work is None else state.work.stage:
+        case machine.Stage.TRAINING:
+            return Pace.TRAINING
+        case machine.Stage.SUSPENDED:
+            return Pace.WAITING
+        case _:
+            return Pace.IDLE

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from fedge import __version__
+from fedge.edge_agent.eligibility_commands import eligibility
+from fedge.edge_agent.example_commands import examples
 from fedge.schemas.errors import ConfigError
 from fedge.schemas.logs import set_up_logging
 from fedge.schemas.process import errors_as_exit_status, run_until_stopped
@@ -114,9 +116,10 @@ def fleet(config_path: Path, devices: int, split: str, seed: int, workers: int) 
 @click.option("--top", type=click.IntRange(1, 100), default=3, show_default=True)
 @_json
 def predict(example: str, config_path: Path, top: int, as_json: bool) -> None:
-    """Classify EXAMPLE with the version in use; needs neither network nor a running agent.
+    """Answer EXAMPLE with the version in use; needs neither network nor a running agent.
 
-    EXAMPLE is an image file, or numbers with commas between them for a task on tables.
+    EXAMPLE is an image file, numbers with commas between them for a task on tables, or what was
+    typed so far for a task on words: the word that comes next, or the one that is begun.
     """
     from fedge.edge_agent.library import Library  # noqa: PLC0415 -- as above
     from fedge.edge_agent.predictor import Predictor, read_example  # noqa: PLC0415 -- as above
@@ -127,7 +130,7 @@ def predict(example: str, config_path: Path, top: int, as_json: bool) -> None:
     if active is None:
         raise ConfigError("no version is in use yet: run `fedge-agent run` until one was fetched")
     manifest = PlanManifest.decode(library.blobs.read(active.manifest.name))
-    predictor = Predictor(active.model, manifest)
+    predictor = Predictor(active.model, manifest, library.vocabulary(manifest))
     prediction = predictor.predict(read_example(example, manifest), top=top)
     if as_json:
         click.echo(json.dumps({"version": active.version, **prediction.as_dict()}))
@@ -202,6 +205,10 @@ def split(  # noqa: PLR0917 -- click calls it by name
         click.echo(json.dumps([str(path) for path in paths]))
     else:
         click.echo("\n".join(str(path) for path in paths))
+
+
+cli.add_command(eligibility)
+cli.add_command(examples)
 
 
 def main() -> None:

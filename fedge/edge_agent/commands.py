@@ -60,14 +60,24 @@ class KeepFailures:
 
 @dataclass(frozen=True, slots=True)
 class Train:
-    """Train in the child process; then feed `Trained` or `TrainingStopped`."""
+    """Train in the child process; then feed `Trained` or `TrainingStopped`.
+
+    A training of this round that was suspended goes on where it was.
+    """
+
+    assignment: Assignment
+
+
+@dataclass(frozen=True, slots=True)
+class Suspend:
+    """Stop the training, if it runs, and keep how far it is; at its deadline feed `Overdue`."""
 
     assignment: Assignment
 
 
 @dataclass(frozen=True, slots=True)
 class StopTraining:
-    """Stop the child's work on this round; its result is not wanted."""
+    """Stop the child's work on this round; its result is not wanted, nor what was kept of it."""
 
     round: int
 
@@ -102,6 +112,7 @@ Command = (
     | Rest
     | KeepFailures
     | Train
+    | Suspend
     | StopTraining
     | SendOffer
     | Forget

@@ -50,9 +50,17 @@ class VersionSeen:
 
 @dataclass(frozen=True, slots=True)
 class RoundSeen:
-    """A round announcement arrived."""
+    """A round announcement arrived. `sampled`: it is the device's one in its sampling period."""
 
     announcement: RoundAnnouncement
+    sampled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EligibilityChanged:
+    """The rules for training hold, or one does not any more."""
+
+    eligible: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +140,14 @@ class TrainingStopped:
 
 
 @dataclass(frozen=True, slots=True)
+class Overdue:
+    """The time of an assignment is over that waits for the device to be eligible."""
+
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateLost:
     """An update in the outbox is no longer what was offered: its file is gone or damaged."""
 
@@ -160,6 +176,7 @@ Event = (
     | Counted
     | VersionSeen
     | RoundSeen
+    | EligibilityChanged
     | Fetched
     | FetchFailed
     | Activated
@@ -169,6 +186,7 @@ Event = (
     | CheckInDue
     | Trained
     | TrainingStopped
+    | Overdue
     | UpdateLost
     | Receipted
     | Aborted

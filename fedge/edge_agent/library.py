@@ -27,6 +27,7 @@ from fedge.schemas.errors import StoreError, StoreUnavailable
 from fedge.schemas.ids import Digest, VersionNumber
 from fedge.schemas.messages import VersionAnnouncement
 from fedge.schemas.plan import PlanManifest
+from fedge.schemas.words import Vocabulary
 
 ACTIVE_FILE = "active.json"
 PART = ".part"
@@ -88,6 +89,12 @@ class Library:
             raise
         return _decoded(data)
 
+    def vocabulary(self, manifest: PlanManifest) -> Vocabulary | None:
+        """The words of a plan, None if it has none. Raises `StoreError` if they are not here."""
+        if manifest.vocabulary is None:
+            return None
+        return Vocabulary.decode(self.blobs.read(manifest.vocabulary.sha256))
+
     def refs_of(self, version: VersionAnnouncement) -> tuple[BlobRef, ...]:
         """Every blob of a version that can be named now: its plan's only once the manifest is here.
 
@@ -106,9 +113,9 @@ class Library:
         if in_hand is not None:
             needed |= sizes_of(self.refs_of(in_hand))
         present = self._present()
-        active = self._active_manifest()
-        if active in present:
-            needed.setdefault(active, present[active])
+        for digest in self._active_needs():
+            if digest in present:
+                needed.setdefault(digest, present[digest])
         what = f"version {version.number} and the version in hand"
         for digest in superfluous(present, needed, self._cache_limit_bytes, what):
             self.blobs.delete(digest)
@@ -137,7 +144,11 @@ class Library:
     def needed(self, version: VersionAnnouncement, manifest: PlanManifest) -> tuple[BlobRef, ...]:
         """Every blob that training and predicting with a version take, its plan's first."""
         graphs = manifest.graphs
-        return (graphs.train, graphs.infer, manifest.golden, version.weights, version.golden)
+        words = () if manifest.vocabulary is None else (manifest.vocabulary,)
+        return (
+            *(graphs.train, graphs.infer, manifest.golden, *words),
+            *(version.weights, version.golden),
+        )
 
     def holds(self, version: VersionAnnouncement) -> bool:
         """Whether every blob of the version is here. One that was cut short is removed.
@@ -196,13 +207,20 @@ class Library:
             version=record.version, model=model, manifest=self.blobs.path(record.plan_sha256)
         )
 
-    def _active_manifest(self) -> Digest:
+    def _active_needs(self) -> tuple[Digest, ...]:
+        """What answering with the version in use takes, beside its model."""
         try:
             active = self.active()
+            if active is None:
+                return ()
+            words = _decoded(self.blobs.read(active.manifest.name)).vocabulary
+        except StoreUnavailable:
+            raise
         except StoreError:
             # Damaged: the version in hand is put into use anew.
-            return ""
-        return "" if active is None else active.manifest.name
+            return ()
+        plan = active.manifest.name
+        return (plan,) if words is None else (plan, words.sha256)
 
     def _has(self, ref: BlobRef) -> bool:
         path = self.blobs.path(ref.sha256)

@@ -16,6 +16,12 @@ twice, late or in another order; every handler below is harmless when repeated.
     TRAINING            Assigned again              nothing: it is under way
     TRAINING            Trained                     OFFERED: keep in the outbox, offer
     TRAINING            TrainingStopped             none: say so, and rest before the next check-in
+    TRAINING            a rule breaks               SUSPENDED: stop, and keep how far it is
+    (to TRAINING)       while a rule is broken      SUSPENDED instead, and the same as from there
+    SUSPENDED           all rules hold again        TRAINING: train, from where it was
+    SUSPENDED           Overdue                     none: say so; it is no failure, and no rest
+    SUSPENDED           Fetched, a newer version    none: its base is not here any more; say so
+    SUSPENDED           Trained                     OFFERED: it was done before it could be stopped
     OFFERED             Assigned again, Connected   offer again: the answer was lost
     OFFERED             the round announced again   offer again: the coordinator was away
     OFFERED             Receipted                   none: forget the update; check in again
@@ -30,6 +36,11 @@ round's own work alone, so each new round ends the work for the one before. In a
 (Nguyen et al. 2022, "Federated Learning with Buffered Asynchronous Aggregation") older work is
 wanted too: a slow device goes on while rounds pass, and checks in again when its answer is there.
 A device that was assigned in a round never checks in for that round again.
+
+A device that is not eligible (a rule of its host's state is broken, or a day's limit is used up)
+does not check in, nor does one for which the round is not: it is too near to the last one that it
+made an update for, or not the one in its sampling period. An assignment that comes all the same, or
+was there before, waits for the rules until its time is over.
 """
 
 from __future__ import annotations
@@ -50,6 +61,7 @@ from fedge.edge_agent.commands import (
     SendCheckIn,
     SendOffer,
     StopTraining,
+    Suspend,
     Train,
 )
 from fedge.edge_agent.events import (
@@ -61,10 +73,12 @@ from fedge.edge_agent.events import (
     Counted,
     Deferred,
     Disconnected,
+    EligibilityChanged,
     Event,
     Fetched,
     FetchFailed,
     Outlook,
+    Overdue,
     Receipted,
     Recovered,
     RetryDue,
@@ -74,6 +88,7 @@ from fedge.edge_agent.events import (
     UpdateLost,
     VersionSeen,
 )
+from fedge.edge_agent.participation import first_round_after
 from fedge.schemas.messages import Assignment, RoundAnnouncement, RoundPhase, VersionAnnouncement
 
 LONGEST_REST_S = 900.0
@@ -84,6 +99,7 @@ class Stage(StrEnum):
     """How far the assignment is."""
 
     WAITING = "waiting"
+    SUSPENDED = "suspended"
     TRAINING = "training"
     OFFERED = "offered"
 
@@ -104,16 +120,22 @@ class Agent:
     that was not to be had, and why. `outbox`: rounds whose update has no receipt yet.
     `checked_in`: newest round that a check-in was decided for. `assigned`: newest round with an
     assignment. `resting`: until `RetryDue` the device does not check in. `failures`: trainings that
-    failed since the last one that did not.
+    failed since the last one that did not. `eligible`: the rules for training hold. `took_part`:
+    newest round with an update of this device, 0: none; `every_rounds`: the least distance of two.
+    `sampled`: of `round`, see `RoundSeen`.
     """
 
     connected: bool = False
+    eligible: bool = True
+    every_rounds: int = 1
     examples: int | None = None
     announced: VersionAnnouncement | None = None
     held: int | None = None
     active: int | None = None
     missing: FetchFailed | None = None
     round: RoundAnnouncement | None = None
+    sampled: bool = True
+    took_part: int = 0
     checked_in: int = 0
     assigned: int = 0
     resting: bool = False
@@ -129,6 +151,12 @@ def rest_after(failures: int) -> Rest:
     """How long a device rests after so many trainings failed in a row: 2 s, 4 s, … 15 minutes."""
     after_s = min(2.0 ** min(failures, 16), LONGEST_REST_S)
     return Rest(after_s, after_s / 4)
+
+
+def trains(state: Agent, number: int) -> bool:
+    """Whether the device is to train for this round now."""
+    work = state.work
+    return work is not None and (work.assignment.round, work.stage) == (number, Stage.TRAINING)
 
 
 def step(state: Agent, event: Event) -> Step:  # noqa: PLR0911, PLR0912 -- one for each event
@@ -147,8 +175,10 @@ def step(state: Agent, event: Event) -> Step:  # noqa: PLR0911, PLR0912 -- one f
             return _maybe_check_in(replace(state, examples=examples))
         case VersionSeen(announcement):
             return _version_seen(state, announcement)
-        case RoundSeen(announcement):
-            return _round_seen(state, announcement)
+        case RoundSeen(announcement, sampled):
+            return _round_seen(state, announcement, sampled=sampled)
+        case EligibilityChanged(eligible):
+            return _eligibility_changed(state, eligible=eligible)
         case Fetched(version):
             return _fetched(state, version)
         case FetchFailed():
@@ -173,6 +203,8 @@ def step(state: Agent, event: Event) -> Step:  # noqa: PLR0911, PLR0912 -- one f
             state = replace(state, failures=failures, resting=True)
             said = SayTrainingFailed(number, reason)
             return state, (said, KeepFailures(failures), rest_after(failures))
+        case Overdue(number, reason):
+            return _overdue(state, number, reason)
         case UpdateLost(number, reason):
             if number not in state.outbox:
                 return state, ()
@@ -217,8 +249,12 @@ def _fetched(state: Agent, version: int) -> Step:
         and work.stage is Stage.WAITING
         and work.assignment.base == version == state.held
     ):
-        state = replace(state, work=replace(work, stage=Stage.TRAINING))
-        commands.append(Train(work.assignment))
+        state, begun = _begin(state, work.assignment)
+        commands.extend(begun)
+    elif work is not None and work.stage is Stage.SUSPENDED and work.assignment.base != state.held:
+        # Not before: until now the device could have gone on.
+        state, said = _overdue(state, work.assignment.round, f"version {version} replaced its base")
+        commands.extend(said)
     if state.announced is not None and state.announced.number == version != state.active:
         commands.append(Activate(state.announced))
     if state.missing is not None and state.missing.version <= version:
@@ -243,11 +279,11 @@ def _fetch_failed(state: Agent, failed: FetchFailed) -> Step:
 # ---------------------------------------------------------------- rounds
 
 
-def _round_seen(state: Agent, announcement: RoundAnnouncement) -> Step:
+def _round_seen(state: Agent, announcement: RoundAnnouncement, *, sampled: bool) -> Step:
     before = state.round
     if before is not None and announcement.round < before.round:
         return state, ()
-    state = replace(state, round=announcement)
+    state = replace(state, round=announcement, sampled=sampled)
     commands: Sequence[Command] = ()
     if state.work is not None and state.work.assignment.round < announcement.oldest_wanted:
         # The coordinator has moved on. An offered update keeps waiting for its receipt (in the
@@ -309,8 +345,11 @@ def _is_ready(state: Agent, announcement: RoundAnnouncement) -> bool:
         and state.missing.version >= announcement.base
         and state.held != announcement.base
     )
+    first = first_round_after(state.took_part, state.every_rounds)
+    may_take_part = state.eligible and state.sampled and announcement.round >= first
     is_free = not state.resting and state.work is None
-    return state.connected and bool(state.examples) and is_free and not base_is_missing
+    has_all = bool(state.examples) and not base_is_missing
+    return state.connected and may_take_part and is_free and has_all
 
 
 # ---------------------------------------------------------------- the assignment
@@ -342,8 +381,7 @@ def _taken_on(state: Agent, assignment: Assignment) -> Step:
     number, base = assignment.round, assignment.base
     known = replace(state, assigned=max(number, state.assigned))
     if state.held == base:
-        work = Work(assignment, Stage.TRAINING)
-        return replace(known, work=work), (Train(assignment),)
+        return _begin(known, assignment)
     if state.missing is not None and state.missing.version == base:
         return known, (SayTrainingFailed(number, state.missing.reason),)
     if state.announced is not None and state.announced.number > base:
@@ -369,8 +407,35 @@ def _give_up_replaced(state: Agent) -> Step:
     return replace(state, work=None), (SayTrainingFailed(work.assignment.round, reason),)
 
 
+def _begin(state: Agent, assignment: Assignment) -> Step:
+    """The base is here: trains, or waits until the device may."""
+    if not state.eligible:
+        return replace(state, work=Work(assignment, Stage.SUSPENDED)), (Suspend(assignment),)
+    return replace(state, work=Work(assignment, Stage.TRAINING)), (Train(assignment),)
+
+
+def _eligibility_changed(state: Agent, *, eligible: bool) -> Step:
+    state = replace(state, eligible=eligible)
+    work = state.work
+    if work is None:
+        return _maybe_check_in(state)
+    in_the_wrong_stage = Stage.SUSPENDED if eligible else Stage.TRAINING
+    if work.stage is not in_the_wrong_stage:
+        return state, ()
+    return _begin(state, work.assignment)
+
+
+def _overdue(state: Agent, number: int, reason: str) -> Step:
+    work = state.work
+    if work is None or work.assignment.round != number or work.stage is not Stage.SUSPENDED:
+        return state, ()
+    state, stop = _drop_work(state, number)
+    state, more = _maybe_check_in(state)
+    return state, (*stop, SayTrainingFailed(number, reason), *more)
+
+
 def _trained(state: Agent, number: int) -> Step:
-    state = replace(state, outbox=state.outbox | {number})
+    state = replace(state, outbox=state.outbox | {number}, took_part=max(number, state.took_part))
     if state.work is not None and state.work.assignment.round == number:
         state = replace(state, work=replace(state.work, stage=Stage.OFFERED))
     if state.failures == 0:
@@ -389,7 +454,8 @@ def _drop_work(state: Agent, number: int) -> Step:
     work = state.work
     if work is None or work.assignment.round != number:
         return state, ()
-    stop = (StopTraining(number),) if work.stage is Stage.TRAINING else ()
+    begun = work.stage in (Stage.TRAINING, Stage.SUSPENDED)
+    stop = (StopTraining(number),) if begun else ()
     return replace(state, work=None), stop
 
 

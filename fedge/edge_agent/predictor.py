@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from fedge.edge_agent.engines.onnx_session import RUNTIME_ERRORS, open_session
+from fedge.edge_agent.suggestions import Suggestions, read_typed, suggested
 from fedge.schemas.errors import ConfigError, PlanRefused, StoreError, TrainingFailed
-from fedge.schemas.features import ClassTarget, ImageFeatures, TabularFeatures
+from fedge.schemas.features import ClassTarget, ImageFeatures, TabularFeatures, WordFeatures
 from fedge.schemas.plan import PlanManifest
+from fedge.schemas.plan_words import word_encoder
 from fedge.schemas.tensors import Array, check_tensors
+from fedge.schemas.words import Vocabulary
 
-RawExample = bytes | Path | Array | Sequence[float]
-"""An encoded image, the path of one, pixels or columns as an array, or a row of numbers."""
+RawExample = bytes | Path | Array | Sequence[float] | str
+"""An encoded image, the path of one, pixels or columns as an array, a row of numbers, or what was
+typed so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +83,21 @@ class ValuePrediction:
         return ", ".join(f"{value:.6g}" for value in self.values)
 
 
-Prediction = ClassPrediction | ValuePrediction
+Prediction = ClassPrediction | ValuePrediction | Suggestions
 
 
 class Predictor:
     """The model at `model_path`, an activated file, which `manifest`'s plan made.
 
+    `vocabulary`: the plan's, where it has one.
     Raises `StoreError` if there is no such file, `PlanRefused` if onnxruntime cannot load it or
     its interface is not the plan's.
     """
 
-    def __init__(self, model_path: Path, manifest: PlanManifest) -> None:
+    def __init__(
+        self, model_path: Path, manifest: PlanManifest, vocabulary: Vocabulary | None = None
+    ) -> None:
+        self._words = word_encoder(manifest, vocabulary)
         if not model_path.is_file():
             raise StoreError(f"there is no model at {model_path}: no version is active yet")
         self._manifest = manifest
@@ -106,12 +113,15 @@ class Predictor:
         Raises `ConfigError` if `raw` is not what the task takes, saying what that is;
         `PlanRefused` if the model fails.
         """
-        inputs = encode_example(raw, self._manifest)
+        typed = None if self._words is None else read_typed(_text(raw), self._words)
+        inputs = encode_example(raw, self._manifest) if typed is None else typed.inputs
         try:
             output: Array = self._session.run(["output"], {"input": inputs})[0]
         except RUNTIME_ERRORS as error:
             raise PlanRefused(f"the model could not be run: {error}") from error
         check_tensors({"output": output}, [self._manifest.output.of("output")])
+        if typed is not None and self._words is not None:
+            return suggested(output[0], typed.begun, self._words, top=top)
         return interpret(output[0], self._manifest, top=top)
 
 
@@ -120,26 +130,31 @@ def read_example(text: str, manifest: PlanManifest) -> RawExample:
 
     Raises `ConfigError` if the task is on tables and `text` is not numbers.
     """
-    if isinstance(manifest.features, ImageFeatures):
-        return Path(text)
-    try:
-        return [float(cell) for cell in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(
-            f"this task takes {manifest.features.columns} numbers with commas between them: {error}"
-        ) from error
-
-
-def encode_example(raw: RawExample, manifest: PlanManifest) -> npt.NDArray[np.float32]:
-    """One example as the model's input, `[1, …]`. Raises `ConfigError` if it does not fit."""
-    features = manifest.features
-    match features:
+    match manifest.features:
         case ImageFeatures():
-            example = _pixels(raw, features)
-        case TabularFeatures():
-            example = _row(raw, features)
+            return Path(text)
+        case WordFeatures():
+            return text
+        case TabularFeatures(columns=columns):
+            try:
+                return [float(cell) for cell in text.split(",")]
+            except ValueError as error:
+                raise ConfigError(
+                    f"this task takes {columns} numbers with commas between them: {error}"
+                ) from error
+
+
+def encode_example(raw: RawExample, manifest: PlanManifest) -> Array:
+    """One image or row as the model's input, `[1, …]`. Raises `ConfigError` if it does not fit."""
+    features = manifest.features
     try:
-        return features.encode(example[np.newaxis])
+        match features:
+            case ImageFeatures():
+                return features.encode(_pixels(raw, features)[np.newaxis])
+            case TabularFeatures():
+                return features.encode(_row(raw, features)[np.newaxis])
+            case WordFeatures():
+                return features.encode(np.asarray(raw)[np.newaxis])
     except TrainingFailed as error:  # the specification's word for "does not fit"
         raise ConfigError(f"this example is not what the task takes: {error}") from error
 
@@ -161,8 +176,16 @@ def interpret(output: Array, manifest: PlanManifest, *, top: int) -> Prediction:
     )
 
 
+def _text(raw: RawExample) -> str:
+    if not isinstance(raw, str):
+        raise ConfigError("this task takes what was typed so far, a text")
+    return raw
+
+
 def _pixels(raw: RawExample, features: ImageFeatures) -> Array:
     """`[height, width, channels]` from 0 to `raw_max`; an array is taken as it is."""
+    if isinstance(raw, str):
+        raise ConfigError("this task takes an image, not a text")
     if not isinstance(raw, bytes | Path):
         return np.asarray(raw)
     name = "the image" if isinstance(raw, bytes) else str(raw)
@@ -182,7 +205,7 @@ def _pixels(raw: RawExample, features: ImageFeatures) -> Array:
 
 
 def _row(raw: RawExample, features: TabularFeatures) -> Array:
-    if isinstance(raw, bytes | Path):
+    if isinstance(raw, bytes | Path | str):
         raise ConfigError(f"this task takes a row of {features.columns} numbers, not a file")
     try:
         return np.asarray(raw, np.float32).reshape(-1)

@@ -8,7 +8,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedge.edge_agent.data.config import DataConfig
+from fedge.edge_agent.eligibility import EligibilitySettings
 from fedge.edge_agent.engines import EngineName
+from fedge.edge_agent.example_limits import ExampleLimits
+from fedge.edge_agent.participation import ParticipationSettings
 from fedge.edge_agent.trainer.process import TrainerLimits
 from fedge.schemas.ids import DeviceName, PopulationName
 from fedge.schemas.link.broker import BrokerSettings
@@ -49,10 +52,26 @@ class StorageSettings(_Table):
     cache_limit_bytes: Annotated[int, Field(ge=1)] | None = None
 
 
+class ExampleSettings(_Table):
+    """`[examples]`: what is kept of what is typed on this device. See `ExampleLimits`."""
+
+    keep_days: Annotated[float, Field(gt=0, le=36500)] = 30.0
+    limit_bytes: Annotated[int, Field(ge=65536)] = 16 * 1024 * 1024
+    hold_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+    @property
+    def limits(self) -> ExampleLimits:
+        """What the store is opened with."""
+        return ExampleLimits(
+            keep_days=self.keep_days, limit_bytes=self.limit_bytes, hold_out=self.hold_out
+        )
+
+
 class Settings(_Table):
     """The file. `device`: this device's name, unique in its population. `data`: its examples.
 
-    Without `data` the device only follows the versions and predicts.
+    Without `data` the device only follows the versions and predicts. Without `eligibility` no rule
+    of the host's state applies: it may train at any time.
     """
 
     population: PopulationName
@@ -64,6 +83,9 @@ class Settings(_Table):
     data: DataConfig | None = None
     trainer: TrainerSettings = TrainerSettings()
     storage: StorageSettings = StorageSettings()
+    eligibility: EligibilitySettings | None = None
+    participation: ParticipationSettings = ParticipationSettings()
+    examples: ExampleSettings = ExampleSettings()
 
 
 def load(path: Path) -> Settings:
@@ -75,5 +97,8 @@ def load(path: Path) -> Settings:
             "state_dir": folder / settings.state_dir,
             "broker": settings.broker.relative_to(folder),
             "data": None if settings.data is None else settings.data.relative_to(folder),
+            "eligibility": (
+                None if settings.eligibility is None else settings.eligibility.relative_to(folder)
+            ),
         }
     )

@@ -8,10 +8,8 @@ without a network knows what it holds.
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -19,7 +17,9 @@ from typing import Self
 from pydantic import ValidationError
 
 from fedge.edge_agent.durable import disk
-from fedge.schemas.errors import StoreError, StoreUnavailable
+from fedge.edge_agent.participation import Usage
+from fedge.edge_agent.sqlite_file import connect, sqlite_errors, transaction
+from fedge.schemas.errors import ConfigError, StoreError, StoreUnavailable
 from fedge.schemas.logs import EventLog
 from fedge.schemas.messages import Offer, ReceiptStatus, VersionAnnouncement
 
@@ -32,13 +32,7 @@ LOST = "lost"
 
 _BUSY_S = 1.0
 """What a write waits for another program that looks into the file."""
-_PASSING = frozenset(
-    {
-        *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY),
-        *(sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN),
-        *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PROTOCOL),
-    }
-)
+_WHAT = "use the device's state"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS outbox (
@@ -54,6 +48,12 @@ CREATE TABLE IF NOT EXISTS ledger (
     upload_bytes INTEGER NOT NULL,
     status TEXT NOT NULL,
     reason TEXT
+) STRICT;
+CREATE TABLE IF NOT EXISTS usage (
+    id INTEGER PRIMARY KEY,
+    at_s REAL NOT NULL,
+    training_s REAL NOT NULL,
+    upload_bytes INTEGER NOT NULL
 ) STRICT;
 """
 
@@ -79,17 +79,14 @@ class AgentState:
     """
 
     def __init__(self, path: Path) -> None:
-        with disk(f"use the device's state in {path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with _sqlite(f"use the device's state in {path}"):
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_S)
-            try:
-                self._db.execute("PRAGMA journal_mode=WAL")
-                self._db.execute("PRAGMA synchronous=FULL")
+        what = f"use the device's state in {path}"
+        self._db = connect(path, what, busy_s=_BUSY_S)
+        try:
+            with sqlite_errors(what):
                 self._db.executescript(_SCHEMA)
-            except sqlite3.Error:
-                self._db.close()
-                raise
+        except StoreError:
+            self._db.close()
+            raise
 
     @classmethod
     def open_whole(cls, path: Path) -> Self:
@@ -117,6 +114,20 @@ class AgentState:
         self._db.close()
 
     # ------------------------------------------------------------ facts
+
+    def bind_population(self, name: str) -> None:
+        """Says whose state this is. Raises `ConfigError` if it is another population's.
+
+        The numbers that it has seen are that population's, and so are its unsent updates.
+        """
+        bound = self._fact("population")
+        if bound is None:
+            self._keep_fact("population", name)
+        elif bound != name:
+            raise ConfigError(
+                f"this state belongs to population {bound!r}, not {name!r}: give the device "
+                "another state_dir"
+            )
 
     def boot(self) -> int:
         """The boot number of the last start, 0 before the first."""
@@ -205,6 +216,37 @@ class AgentState:
         with closing(self._run("SELECT * FROM ledger ORDER BY round")) as rows:
             return [Participation(*row) for row in rows]
 
+    # ------------------------------------------------------------ usage
+
+    def add_usage(self, used: Usage, line: int | None) -> int:
+        """Adds to a line of the usage and dates it anew, or begins one; its number."""
+        values = (used.at_s, used.training_s, used.upload_bytes)
+        if line is not None:
+            self._run(
+                "UPDATE usage SET at_s = ?, training_s = training_s + ?, "
+                "upload_bytes = upload_bytes + ? WHERE id = ?",
+                *(*values, line),
+            )
+            return line
+        with self._transaction():
+            added = self._run(
+                "INSERT INTO usage (at_s, training_s, upload_bytes) VALUES (?, ?, ?)", *values
+            )
+            number = int(added.lastrowid or 0)
+            # By number and not by age: a clock that was wrong for an hour forgets nothing.
+            self._run("DELETE FROM usage WHERE id <= ?", number - LEDGER_LINES)
+        return number
+
+    def usage(self, after_s: float) -> list[Usage]:
+        """The lines that are dated after this, of the newest `LEDGER_LINES`, oldest first."""
+        wanted = "SELECT at_s, training_s, upload_bytes FROM usage WHERE at_s > ? ORDER BY id"
+        with closing(self._run(wanted, after_s)) as rows:
+            return [Usage(*row) for row in rows]
+
+    def redate_usage(self, now_s: float) -> None:
+        """Dates the lines of the future now."""
+        self._run("UPDATE usage SET at_s = ? WHERE at_s > ?", now_s, now_s)
+
     # ------------------------------------------------------------ SQL
 
     def _end(self, number: int, status: str, reason: str | None) -> None:
@@ -232,33 +274,12 @@ class AgentState:
         if found != "ok":
             raise StoreError(f"the device's state is damaged: {found}")
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._run("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._run("COMMIT")
-        except StoreError:
-            # SQLite has rolled back by itself after some errors, and not after others.
-            if self._db.in_transaction:
-                with contextlib.suppress(sqlite3.Error):
-                    self._db.execute("ROLLBACK")
-            raise
+    def _transaction(self) -> AbstractContextManager[None]:
+        return transaction(self._db, _WHAT)
 
     def _run(self, statement: str, *values: object) -> sqlite3.Cursor:
-        with _sqlite("use the device's state"):
+        with sqlite_errors(_WHAT):
             return self._db.execute(statement, values)
-
-
-@contextlib.contextmanager
-def _sqlite(what: str) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        # The low byte of an extended code is the code that it refines; misuse has none.
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        kind = StoreUnavailable if code in _PASSING else StoreError
-        raise kind(f"cannot {what}: {error}") from error
 
 
 def _move_aside(path: Path) -> Path:

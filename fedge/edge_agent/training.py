@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -45,10 +46,12 @@ class TrainingResult:
     """What training made.
 
     `delta`: new - base for each of the manifest's `update_specs`, in its dtype.
-    `examples`: the device's examples, n_k of the FedAvg paper, whatever `local_steps` left out.
+    `examples`: the device's examples, n_k of the FedAvg paper, whatever `local_steps` left out; of
+    text, how many texts.
     `loss`: means over the examples of each epoch and batch. Of more than `MAX_CURVE_POINTS`
     batches, neighbours are averaged.
-    `metrics`: means over all examples as they were trained on; empty if there was no step.
+    `metrics`: the plan's measures over all examples as they were trained on; empty if there was no
+    step.
     `training_s`: wall time of the steps and their batches.
     """
 
@@ -60,6 +63,32 @@ class TrainingResult:
     training_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class CurveSums:
+    """A `Curve` as it is: see there."""
+
+    sums: tuple[float, ...]
+    weights: tuple[float, ...]
+    entries_a_point: int
+    entries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """A training that was told to stop after `step` of `steps`, with what it measured until then.
+
+    The weights and the optimizer's state are in the engine. `training_s`: as `TrainingResult`'s.
+    """
+
+    step: int
+    steps: int
+    training_s: float
+    curve: CurveSums
+    epoch_sums: tuple[float, ...]
+    epoch_examples: tuple[int, ...]
+    metric_sums: dict[str, float]
+
+
 def train(
     engine: Engine,
     manifest: PlanManifest,
@@ -69,8 +98,16 @@ def train(
     *,
     on_step: Callable[[Progress], None] = lambda progress: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> TrainingResult:
+    stop: Callable[[], bool] = lambda: False,
+    earlier: Paused | None = None,
+    put_back: Callable[[], None] = lambda: None,
+) -> TrainingResult | Paused:
     """Trains from `weights` (the tensors of a version) on `examples`.
+
+    `stop`: asked after each step whether to stop there; what is returned then is `Paused`.
+    `earlier`: what a call with equal arguments returned so, to go on from there; `put_back` is
+    called once the engine has its weights, and brings it to where it was. The result is that of a
+    training which was never stopped.
 
     Raises `TrainingFailed` if there are no examples, they do not fit the plan, the runtime fails,
     or the loss or a weight becomes NaN or infinite; `PeerError` if `weights` break the manifest.
@@ -84,16 +121,18 @@ def train(
         local_steps=settings.local_steps,
     )
     engine.load(weights)
-    record = _Record(per_example=manifest.loss_reduction == "mean")
-    started = clock()
-    for batch in batches(
+    put_back()
+    record = _Record(per_example=manifest.loss_reduction == "mean", earlier=earlier)
+    started = clock() - (0.0 if earlier is None else earlier.training_s)
+    every = batches(
         len(examples),
         batch_size=settings.batch_size,
         local_epochs=settings.local_epochs,
         local_steps=settings.local_steps,
         seed=settings.seed,
         padding=manifest.padding,
-    ):
+    )
+    for batch in islice(every, 0 if earlier is None else earlier.step, None):
         result = engine.step(
             manifest.features.encode(_to_task_scale(examples, batch.rows, manifest)),
             manifest.target.encode(examples.raw_targets[batch.rows]),
@@ -109,10 +148,12 @@ def train(
             )
         record.add(batch, result)
         on_step(Progress(batch.epoch, batch.step + 1, steps, result.loss))
+        if batch.step + 1 < steps and stop():
+            return record.paused(batch.step + 1, steps, clock() - started)
     delta = difference(manifest, engine.weights(), weights)
     training_s = clock() - started
     return TrainingResult(
-        delta, len(examples), steps, record.curve(), record.metric_means(), training_s
+        delta, examples.examples, steps, record.curve(), record.measures(manifest), training_s
     )
 
 
@@ -165,12 +206,13 @@ class Curve:
     `points` is even.
     """
 
-    def __init__(self, points: int = MAX_CURVE_POINTS) -> None:
+    def __init__(self, points: int = MAX_CURVE_POINTS, earlier: CurveSums | None = None) -> None:
         self._points = points
-        self._sums: list[float] = []
-        self._weights: list[float] = []
-        self._entries_a_point = 1
-        self._entries = 0
+        earlier = earlier or CurveSums((), (), 1, 0)
+        self._sums = list(earlier.sums)
+        self._weights = list(earlier.weights)
+        self._entries_a_point = earlier.entries_a_point
+        self._entries = earlier.entries
 
     def add(self, total: float, weight: float) -> None:
         """Takes one entry: a sum over `weight` examples."""
@@ -187,6 +229,12 @@ class Curve:
         """One mean a point, in order."""
         return tuple(s / w for s, w in zip(self._sums, self._weights, strict=True))
 
+    def as_it_is(self) -> CurveSums:
+        """What another one goes on from."""
+        return CurveSums(
+            tuple(self._sums), tuple(self._weights), self._entries_a_point, self._entries
+        )
+
     def _join_neighbours(self) -> None:
         self._sums = [sum(self._sums[i : i + 2]) for i in range(0, self._points, 2)]
         self._weights = [sum(self._weights[i : i + 2]) for i in range(0, self._points, 2)]
@@ -196,12 +244,12 @@ class Curve:
 class _Record:
     """What the steps measured, as sums."""
 
-    def __init__(self, *, per_example: bool) -> None:
+    def __init__(self, *, per_example: bool, earlier: Paused | None) -> None:
         self._per_example = per_example
-        self._batches = Curve()
-        self._epoch_sums: list[float] = []
-        self._epoch_examples: list[int] = []
-        self._metric_sums: dict[str, float] = {}
+        self._batches = Curve(earlier=None if earlier is None else earlier.curve)
+        self._epoch_sums = [] if earlier is None else list(earlier.epoch_sums)
+        self._epoch_examples = [] if earlier is None else list(earlier.epoch_examples)
+        self._metric_sums = {} if earlier is None else dict(earlier.metric_sums)
 
     def add(self, batch: Batch, result: StepResult) -> None:
         loss_sum = result.loss * batch.count if self._per_example else result.loss
@@ -214,15 +262,21 @@ class _Record:
         for name, value in result.metrics.items():
             self._metric_sums[name] = self._metric_sums.get(name, 0.0) + value
 
+    def paused(self, step: int, steps: int, training_s: float) -> Paused:
+        return Paused(
+            step=step,
+            steps=steps,
+            training_s=training_s,
+            curve=self._batches.as_it_is(),
+            epoch_sums=tuple(self._epoch_sums),
+            epoch_examples=tuple(self._epoch_examples),
+            metric_sums=dict(self._metric_sums),
+        )
+
     def curve(self) -> LossCurve:
         epochs = zip(self._epoch_sums, self._epoch_examples, strict=True)
         return LossCurve(by_epoch=tuple(s / n for s, n in epochs), by_batch=self._batches.means())
 
-    def metric_means(self) -> dict[str, float]:
-        examples = sum(self._epoch_examples)
-        # A metric that is not a number would make the whole offer unsendable.
-        return {
-            name: value / examples
-            for name, value in self._metric_sums.items()
-            if math.isfinite(value)
-        }
+    def measures(self, manifest: PlanManifest) -> dict[str, float]:
+        # Without those that are not a number: one would make the whole offer unsendable.
+        return manifest.measured(self._metric_sums, sum(self._epoch_examples))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from fedge.edge_agent.cache import CacheTooSmall
 from fedge.edge_agent.download import Downloads
@@ -24,6 +25,9 @@ from fedge.schemas.messages import Report, ReportKind, VersionAnnouncement
 from fedge.schemas.plan import PlanManifest
 
 log = EventLog(__name__)
+
+MOMENT_S = 20.0
+"""For so long an older version that is published is taken for a broker's memory."""
 
 
 class Versions:
@@ -53,6 +57,8 @@ class Versions:
         self._feed = feed
         self._report = report
         self._swept = False
+        self._heard: VersionAnnouncement | None = None
+        self._complained_of: int | None = None
         self.held: VersionAnnouncement | None = None
 
     # ------------------------------------------------------------ the start
@@ -75,12 +81,31 @@ class Versions:
             log.error("version_lost", device=self._device, reason=str(error))
         return active
 
+    async def complain(self, published: VersionAnnouncement, seen: int) -> None:
+        """Says that an older version than one that was seen is published, if it stays so.
+
+        A broker that comes back may remember an older one for a moment. Numbers never go back, so
+        the device waits for a higher one: only somebody at the coordinator can change that.
+        """
+        await asyncio.sleep(MOMENT_S)
+        still = self._heard is not None and self._heard.number == published.number
+        if not still or self._complained_of == published.number:
+            return
+        self._complained_of = published.number
+        detail = (
+            f"version {published.number} is published, and this device has seen {seen}: restore "
+            "the coordinator with a larger --gap, or begin anew with a population of another name"
+        )
+        log.warning("version_ignored", device=self._device, version=published.number, reason=detail)
+        await self._report(Report(kind=ReportKind.VERSION_IGNORED, version=seen, detail=detail))
+
     def announced(self, version: VersionAnnouncement) -> None:
         """The coordinator's newest version is known: what an older download left goes.
 
         It could not go at the start, because it might have been this version's. If this version is
         to be fetched, `fetch` does the same.
         """
+        self._heard = version
         if not self._swept and self.held is not None and version.number == self.held.number:
             self._swept = True
             held = self.held
@@ -154,24 +179,31 @@ class Versions:
     async def activate(self, version: VersionAnnouncement) -> None:
         """Makes the version's model, checks it and puts it into use; then feeds `Activated`.
 
-        A version that fails its checks is reported and the one before stays.
+        A newer one that was fetched meanwhile takes its place: where versions come faster than a
+        device can check one, it would never use any. A version that fails its checks is reported
+        and the one before stays.
         """
-        try:
-            made = await self._storage.until_done("model", lambda: self._put_into_use(version))
-        except FedgeError as error:
-            if self.held != version:
-                # While it waited for its turn, a newer one came and it was cleared away.
+        wanted = version
+        while True:
+            if self.held is not None and self.held.number > wanted.number:
+                wanted = self.held
+            try:
+                made = await self._storage.until_done("model", partial(self._put_into_use, wanted))
+            except FedgeError as error:
+                if self.held is not None and self.held.number > wanted.number:
+                    # While it waited for its turn, a newer one came and it was cleared away.
+                    continue
+                await self._refused(wanted, error)
                 return
-            await self._refused(version, error)
+            if made:
+                self._feed(Activated(wanted.number))
+                await self._report(Report(kind=ReportKind.ACTIVATED, version=wanted.number))
             return
-        if made:
-            self._feed(Activated(version.number))
-            await self._report(Report(kind=ReportKind.ACTIVATED, version=version.number))
 
     async def _put_into_use(self, version: VersionAnnouncement) -> bool:
         held_number = None if self.held is None else self.held.number
         if held_number != version.number or self._active_number() == version.number:
-            # A newer one was fetched meanwhile, or it was done before.
+            # It was done before, or another way.
             return False
         activated = await self._trainer.run(self._library.activation_of(version))
         await asyncio.to_thread(self._library.activate, version)

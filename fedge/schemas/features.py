@@ -3,8 +3,7 @@
 An example is stored as the device has it: an image as its pixels, a row as its columns. A feature
 specification in the plan turns a batch of those into the graph's input; a target specification
 does the same for labels. numpy only, and imported when something is encoded: an agent that waits
-knows a plan without it. A further kind (token windows) is one more class in the two
-unions below.
+knows a plan without it. A further kind is one more class in the two unions below.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedge.schemas.errors import TrainingFailed
 from fedge.schemas.tensor_spec import BATCH, TensorSpec
+from fedge.schemas.words import FIRST_WORD, MAX_WORDS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fedge.schemas.tensors import Array
 
 Positive = Annotated[int, Field(ge=1, le=65536)]
+VocabularySize = Annotated[int, Field(ge=FIRST_WORD + 1, le=FIRST_WORD + MAX_WORDS)]
+Window = Annotated[int, Field(ge=1, le=256)]
 
 
 class _Spec(BaseModel):
@@ -163,5 +165,56 @@ class ValueTarget(_Spec):
         return values
 
 
-FeatureSpec = Annotated[ImageFeatures | TabularFeatures, Field(discriminator="kind")]
-TargetSpec = Annotated[ClassTarget | ValueTarget, Field(discriminator="kind")]
+class WordFeatures(_Spec):
+    """Windows of word numbers → int64 `[batch, window]`; see `fedge.schemas.words`.
+
+    Raw examples are windows already, made with the plan's vocabulary. `words`: how many numbers
+    there are, those that stand for no word included.
+    """
+
+    kind: Literal["words"] = "words"
+    words: VocabularySize
+    window: Window
+
+    @property
+    def tensor(self) -> TensorSpec:
+        """The graph's input."""
+        return TensorSpec(name="input", dtype="int64", shape=(BATCH, self.window))
+
+    def encode(self, raw: Array) -> npt.NDArray[np.int64]:
+        """Windows → the tensor above. Raises `TrainingFailed` if they are another plan's."""
+        return _checked_windows(raw, self.window, self.words)
+
+
+class NextWordTarget(_Spec):
+    """The word after each word of a window → int64 `[batch, window]`; 0 where there is none."""
+
+    kind: Literal["next_word"] = "next_word"
+    words: VocabularySize
+    window: Window
+
+    @property
+    def tensor(self) -> TensorSpec:
+        """The graph's target."""
+        return TensorSpec(name="target", dtype="int64", shape=(BATCH, self.window))
+
+    def encode(self, raw: Array) -> npt.NDArray[np.int64]:
+        """Windows → the tensor above. Raises `TrainingFailed` if they are another plan's."""
+        return _checked_windows(raw, self.window, self.words)
+
+
+def _checked_windows(raw: Array, window: int, words: int) -> npt.NDArray[np.int64]:
+    import numpy as np  # noqa: PLC0415 -- see the top of the file
+
+    windows = np.ascontiguousarray(raw, np.int64).reshape(raw.shape[0], -1)
+    if windows.shape[1] != window:
+        raise TrainingFailed(f"windows of {windows.shape[1]} words, the task has {window}")
+    if windows.size and not (windows.min() >= 0 and windows.max() < words):
+        raise TrainingFailed(
+            f"word numbers from {windows.min()} to {windows.max()}, the task has 0 to {words - 1}"
+        )
+    return windows
+
+
+FeatureSpec = Annotated[ImageFeatures | TabularFeatures | WordFeatures, Field(discriminator="kind")]
+TargetSpec = Annotated[ClassTarget | ValueTarget | NextWordTarget, Field(discriminator="kind")]

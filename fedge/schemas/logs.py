@@ -41,12 +41,13 @@ class EventLog:
 
 
 class TextFormatter(logging.Formatter):
-    """`12:00:00 INFO  event field=value …`, values with spaces in quotes."""
+    """`12:00:00 INFO  event field=value …`, values with spaces in quotes, unknown ones left out."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, and a traceback if the record has one."""
         parts = [self.formatTime(record, "%H:%M:%S"), f"{record.levelname:<7}", record.getMessage()]
-        parts += [f"{name}={_text(value)}" for name, value in _fields(record).items()]
+        known = ((n, value) for n, value in _fields(record).items() if value not in (None, ""))
+        parts += [f"{name}={_text(value)}" for name, value in known]
         line = " ".join(parts)
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 

@@ -231,6 +231,8 @@ class ReportKind(StrEnum):
     ACTIVATED = "activated"
     ACTIVATION_FAILED = "activation_failed"
     TRAINING_FAILED = "training_failed"
+    VERSION_IGNORED = "version_ignored"
+    """The version that is published is older than `version`, which the device has seen."""
 
 
 class Report(Message):

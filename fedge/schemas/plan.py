@@ -13,15 +13,17 @@ names by the prefixes below, and nothing else is allowed in a graph's interface.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedge.schemas.blobs import BlobRef
 from fedge.schemas.errors import PlanRefused
-from fedge.schemas.features import FeatureSpec, TargetSpec
+from fedge.schemas.features import FeatureSpec, TargetSpec, WordFeatures
 from fedge.schemas.ids import Digest, sha256
+from fedge.schemas.measures import MetricName, RatioSpec, measure_names, measured
 from fedge.schemas.tensor_spec import TensorSpec
 
 MAX_MANIFEST_BYTES = 1024 * 1024
@@ -93,7 +95,9 @@ class PlanManifest(_Frozen):
 
     `weights`: the tensors of a version in order. `state`: the optimizer's tensors; names are free.
     `target`: what the loss compares with. `output`: what `infer` returns.
-    `golden`: safetensors with `input`: the examples of the parity check.
+    `golden`: safetensors with `input`: the examples of the parity check. `metrics`: sums of them
+    are what the graphs give; `ratios`: what is told of those that a ratio names. `vocabulary`: the
+    words of word features, see `fedge.schemas.words`.
     """
 
     v: Literal[1] = 1
@@ -103,16 +107,46 @@ class PlanManifest(_Frozen):
     features: FeatureSpec
     target: TargetSpec
     output: TensorSpec
-    metrics: Annotated[
-        tuple[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")], ...], Field(max_length=16)
-    ] = ()
+    metrics: Annotated[tuple[MetricName, ...], Field(max_length=16)] = ()
+    ratios: Annotated[tuple[RatioSpec, ...], Field(max_length=16)] = ()
     loss_reduction: Literal["mean", "sum"] = "mean"
     padding: Padding
     defaults: TrainingDefaults
     graphs: Graphs
     golden: BlobRef
+    vocabulary: BlobRef | None = None
     parity_tolerance: Annotated[float, Field(gt=0, le=1e-2)] = 1e-4
     opset: Annotated[int, Field(ge=18, le=30)] = 18
+
+    @model_validator(mode="after")
+    def _ratios_are_of_metrics(self) -> PlanManifest:
+        for ratio in self.ratios:
+            if ratio.name in self.metrics or not {ratio.numerator, ratio.denominator} <= {
+                *self.metrics
+            }:
+                raise ValueError(f"the ratio {ratio.name!r} is not of two of the metrics")
+        return self
+
+    @model_validator(mode="after")
+    def _words_need_a_vocabulary(self) -> PlanManifest:
+        if isinstance(self.features, WordFeatures) != (self.vocabulary is not None):
+            raise ValueError("a vocabulary, and word features: both or neither")
+        return self
+
+    @property
+    def blobs(self) -> tuple[BlobRef, ...]:
+        """Everything that the manifest names and a device fetches with it."""
+        graphs = (self.graphs.train, self.graphs.eval, self.graphs.infer, self.golden)
+        return graphs if self.vocabulary is None else (*graphs, self.vocabulary)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names under which something is told of an evaluation or a training."""
+        return measure_names(self.metrics, self.ratios)
+
+    def measured(self, sums: Mapping[str, float], examples: int) -> dict[str, float]:
+        """Sums of the metrics over so many examples → the measures of `fedge.schemas.measures`."""
+        return measured(sums, examples, self.metrics, self.ratios)
 
     @property
     def update_specs(self) -> tuple[TensorSpec, ...]:

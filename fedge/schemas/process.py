@@ -20,6 +20,9 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from fedge.schemas.errors import ConfigError, FedgeError
+from fedge.schemas.logs import EventLog
+
+log = EventLog(__name__)
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -64,13 +67,14 @@ async def _stoppable(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     loop = asyncio.get_running_loop()
     stopped = False
 
-    def stop() -> None:
+    def stop(number: signal.Signals) -> None:
         nonlocal stopped
         stopped = True
+        log.info("stopping", signal=number.name)
         task.cancel()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number)
     try:
         await task
     except asyncio.CancelledError:

@@ -2,9 +2,10 @@
 
 The report goes to stdout, everything else to stderr. `make chaos` is the same command.
 
-    0  the promise held
-    1  it was broken, or the kit itself failed; the folder with every log is kept
-    2  asked wrongly, or the fleet did not come up
+    0      the promise held; nothing is left
+    1      it was broken, or the kit itself failed; the folder with every log is kept and named
+    2      asked wrongly, or the fleet did not come up; likewise
+    128+n  signal n ended it, and it ended the fleet; likewise
 """
 
 from __future__ import annotations
@@ -12,21 +13,30 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import shutil
 import sys
 import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.brokers import MOSQUITTO
 from tests.chaos.catalogue import BY_NAME, chosen
 from tests.chaos.disks import NoMounting, enter_private_namespace
+from tests.chaos.interruption import Interrupted, Interruption
 from tests.chaos.judgement import judge
-from tests.chaos.report import as_object, as_text
+from tests.chaos.report import as_object
 from tests.chaos.run import NotStarted, Options, after
-from tests.chaos.schedule import plan
+from tests.chaos.schedule import Planned, plan
+from tests.chaos.telling import as_text
 from tests.chaos.world import Pace
 
 SABOTAGES = ("count_twice", "leave_out", "answer_without_writing", "end_now_and_then")
+BESIDES_S = 45.0
+"""For the first compilation of the task, the quiet after the faults, the stops and the checks."""
 
 
 def main() -> int:
@@ -49,9 +59,11 @@ def main() -> int:
     try:
         enter_private_namespace()
     except NoMounting as error:
-        print(f"no small disks, faults of disks are skipped: {error}", file=sys.stderr)
+        _tell(
+            "no small disks, so faults of disks are skipped (they need root and the right to "
+            f"mount): {error}"
+        )
         with_disks = False
-    kept = arguments.keep is not None
     folder = Path(arguments.keep or tempfile.mkdtemp(prefix="fedge-chaos-")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -65,35 +77,73 @@ def main() -> int:
         folder,
         with_disks,
         Pace(mode=arguments.mode, sabotage=arguments.sabotage),
+        _teller(),
     )
+    options.tell(
+        f"{arguments.seconds:g} s of faults for {arguments.devices} devices; about "
+        f"{_about_s(arguments.seconds)} s in all, with the start of the fleet, the quiet after "
+        "the faults, and the checks; longer on a busy computer"
+    )
+    return _run(options, faults, is_kept=arguments.keep is not None, as_json=arguments.json)
+
+
+def _run(options: Options, faults: Sequence[Planned], *, is_kept: bool, as_json: bool) -> int:
+    """Runs, prints, and keeps or removes the folder; returns the exit status."""
+    folder, interruption = options.folder, Interruption()
     try:
-        report = asyncio.run(_run(options, faults))
+        report = interruption.run(_judged(options, faults, is_kept=is_kept))
     except NotStarted as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}\neverything is in {folder}", file=sys.stderr)
         return 2
-    broken = bool(report["violations"] or report["kit_failures"])
-    if broken or kept:
-        (folder / "report.json").write_text(json.dumps(report, indent=2))
+    except Interrupted as error:
+        _tell(f"{error}: nothing was checked; what the fleet left is in {folder}")
+        return 128 + error.number
+    except Exception:
+        traceback.print_exc()
+        print(f"error: the kit failed; what the fleet left is in {folder}", file=sys.stderr)
+        return 1
+    is_broken = bool(report["violations"] or report["kit_failures"])
+    if is_kept or is_broken:
         report["folder"] = str(folder)
-    else:
-        shutil.rmtree(folder)
-    print(json.dumps(report, indent=2) if arguments.json else as_text(report))
-    if broken:
-        print(
-            f"the promise was broken with seed {arguments.seed}; everything is in {folder}",
-            file=sys.stderr,
-        )
-    return 1 if broken else 0
+    try:
+        print(json.dumps(report, indent=2) if as_json else as_text(report), flush=True)
+    except BrokenPipeError:
+        # Who read it has seen enough; Python would say so again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    try:
+        if is_kept or is_broken:
+            (folder / "report.json").write_text(json.dumps(report, indent=2))
+        else:
+            shutil.rmtree(folder)
+    except OSError as error:
+        _tell(f"the report stands, but not all is as it should be in {folder}: {error}")
+    if is_broken:
+        _tell(f"with seed {options.seed} something went wrong; everything is in {folder}")
+    return 1 if is_broken else 0
 
 
-async def _run(options: Options, faults):
+async def _judged(options: Options, faults: Sequence[Planned], *, is_kept: bool) -> dict[str, Any]:
+    """The report of a run."""
     async with after(options, faults) as (made, course):
         found = await asyncio.to_thread(judge, made, course)
         report = as_object(options, made, course, found)
-        for disk in made.disks.values():
-            # The disk vanishes with this process; what was on it is wanted where something broke.
-            shutil.copytree(disk.path, options.folder / "kept" / disk.path.name)
+        # The small disks vanish; what was on them is wanted where something broke.
+        made.is_kept = is_kept or bool(report["violations"] or report["kit_failures"])
     return report
+
+
+def _about_s(seconds: float) -> int:
+    """How long a run takes in all, as seen on two cores, to ten seconds."""
+    return round((1.03 * seconds + BESIDES_S) / 10) * 10
+
+
+def _teller() -> Callable[[str], None]:
+    began_s = time.monotonic()
+    return lambda text: _tell(f"{time.monotonic() - began_s:5.0f} s  {text}")
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,8 +1,8 @@
 """The promise, as functions that find where it was broken.
 
-Each takes what was found (stores, ledgers, evidence, logs) and returns violations, none if all is
-well. They judge data and touch nothing, so that a test can plant a violation and see it found.
-`promise_1` and so on in the names refer to `docs/guarantees.md`.
+Each takes what was found (stores, ledgers, evidence, logs) and returns how many cases it looked at
+and the violations among them. They judge data and touch nothing, so that a test can plant a
+violation and see it found. `promises` says in a sentence what each is about.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from tests.chaos.evidence import Announced, Asked, SaidReceipt
 from tests.chaos.history import Open
 from tests.chaos.stores import LedgerLine, Snapshot, StoredContribution
-from tests.chaos.verdict import Violation
+from tests.chaos.verdict import Checked, Violation
 
 ASKED_AGAIN_S = 5.0
 """A device is patient for 10 s; what is asked again sooner was asked again for another reason."""
@@ -25,15 +25,16 @@ def ledgers_agree(
     ledgers: Mapping[str, Sequence[LedgerLine]],
     made: Mapping[tuple[str, int], Sequence[str]],
     snapshot: Snapshot,
-) -> list[Violation]:
+) -> Checked:
     """What a device was told was accepted is, with its bytes; what counts was not refused to it.
 
     `made`: the digests of the updates that each device made in each round.
     """
     stored = _by_place(snapshot)
-    found = []
+    found, cases = [], 0
     for device, lines in ledgers.items():
         for line in lines:
+            cases += 1
             kept = stored.get((line.round, device))
             place = f"round {line.round}, {device}"
             if line.status == "accepted" and kept is None:
@@ -43,15 +44,16 @@ def ledgers_agree(
                     found.append(f"{place}: the store has {kept.sha256}, which it never made")
             elif line.status == "rejected" and kept is not None:
                 found.append(f"{place}: accepted in the store, rejected ({line.reason}) to it")
-    return [Violation("ledgers_agree", text) for text in found]
+    return Checked("ledgers_agree", cases, _all("ledgers_agree", found))
 
 
-def receipts_hold(receipts: Iterable[SaidReceipt], snapshot: Snapshot) -> list[Violation]:
+def receipts_hold(receipts: Iterable[SaidReceipt], snapshot: Snapshot) -> Checked:
     """Every receipt that said accepted stands for a row, and none says both."""
     stored = _by_place(snapshot)
-    found = []
+    found, cases = [], 0
     statuses: dict[tuple[str, int, str], set[str]] = {}
     for said in receipts:
+        cases += 1
         place = f"round {said.round}, {said.device}"
         both = statuses.setdefault((said.device, said.round, said.sha256), set())
         if said.status not in both and both:
@@ -63,10 +65,11 @@ def receipts_hold(receipts: Iterable[SaidReceipt], snapshot: Snapshot) -> list[V
                 found.append((f"{place}: a receipt said accepted, the store does not", said.at_s))
             elif kept.sha256 != said.sha256:
                 found.append((f"{place}: receipt {said.sha256}, store {kept.sha256}", said.at_s))
-    return [Violation("receipts_hold", text, at_s) for text, at_s in dict.fromkeys(found)]
+    violations = [Violation("receipts_hold", text, at_s) for text, at_s in dict.fromkeys(found)]
+    return Checked("receipts_hold", cases, tuple(violations))
 
 
-def contributions_end(snapshot: Snapshot) -> list[Violation]:
+def contributions_end(snapshot: Snapshot) -> Checked:
     """Every accepted update is in one version, or its round is open or abandoned for a reason."""
     rounds = {each.number: each for each in snapshot.rounds}
     made_in = Counter(version.round for version in snapshot.versions if version.round is not None)
@@ -98,13 +101,14 @@ def contributions_end(snapshot: Snapshot) -> list[Violation]:
     ]
     counted = Counter((each.round, each.device) for each in snapshot.accepted)
     found += [f"{place} is there {count} times" for place, count in counted.items() if count > 1]
-    return [Violation("contributions_end", text) for text in found]
+    cases = len(rounds) + len(snapshot.accepted)
+    return Checked("contributions_end", cases, _all("contributions_end", found))
 
 
 # ---------------------------------------------------------------- promise 2: versions
 
 
-def versions_rise(snapshot: Snapshot) -> list[Violation]:
+def versions_rise(snapshot: Snapshot) -> Checked:
     """0, 1, 2, …: each from the one before, none missing."""
     numbers = [version.number for version in snapshot.versions]
     found = []
@@ -115,7 +119,7 @@ def versions_rise(snapshot: Snapshot) -> list[Violation]:
         for version in snapshot.versions
         if version.base != (version.number - 1 if version.number else None)
     ]
-    return [Violation("versions_rise", text) for text in found]
+    return Checked("versions_rise", len(numbers), _all("versions_rise", found))
 
 
 def announcements_rise(
@@ -123,7 +127,7 @@ def announcements_rise(
     announced: Sequence[Announced],
     snapshot: Snapshot,
     excused: Sequence[tuple[float, float]] = (),
-) -> list[Violation]:
+) -> Checked:
     """No announcement is of an older version than one before it, nor of one that is not stored.
 
     What comes out of a broker's memory is not counted: it may have come back with an old one.
@@ -140,7 +144,7 @@ def announcements_rise(
             text = f"version {each.version} was announced after version {highest}"
             found.append(Violation(check, text, each.at_s))
         highest = max(highest, each.version)
-    return found
+    return Checked(check, len(announced), tuple(found))
 
 
 # ---------------------------------------------------------------- promise 5: deadlines
@@ -153,15 +157,16 @@ def rounds_end(
     slack_s: float,
     troubles: Sequence[tuple[float, float]],
     end_s: float,
-) -> list[Violation]:
+) -> Checked:
     """No round trains longer than its deadline and the time of the faults meanwhile.
 
     `slack_s`: for starts, and for the time between two looks. `end_s`: when the run ended.
     """
-    found = []
+    found, cases = [], 0
     for number, seen in rounds.items():
         if seen.training_s is None:
             continue
+        cases += 1
         closed_s = end_s if seen.closed_s is None else seen.closed_s
         took_s = closed_s - seen.training_s
         excused_s = overlap_s(troubles, seen.training_s, closed_s)
@@ -171,14 +176,14 @@ def rounds_end(
                 f"there were {excused_s:.1f} s of faults"
             )
             found.append(Violation("rounds_end", text, closed_s))
-    return found
+    return Checked("rounds_end", cases, tuple(found))
 
 
 def questions_are_answered(
     asked: Sequence[Asked],
     answered_s: Mapping[str, Sequence[float]],
     troubles: Mapping[str, Sequence[tuple[float, float]]],
-) -> list[Violation]:
+) -> Checked:
     """Nobody asks for the same thing twice, seconds apart, where nothing was in the way meanwhile.
 
     A chunk that was asked for is published, an offer gets a grant or a receipt; who has to ask
@@ -199,7 +204,7 @@ def questions_are_answered(
             continue
         text = f"{each.device} asked again after {span[1] - span[0]:.1f} s: {each.what}"
         found.append(Violation("questions_are_answered", text, each.at_s))
-    return found
+    return Checked("questions_are_answered", len(before), tuple(found))
 
 
 def overlap_s(intervals: Iterable[tuple[float, float]], start_s: float, end_s: float) -> float:
@@ -211,6 +216,10 @@ def overlap_s(intervals: Iterable[tuple[float, float]], start_s: float, end_s: f
             total += ended - began
             reached = ended
     return total
+
+
+def _all(check: str, texts: Iterable[str]) -> tuple[Violation, ...]:
+    return tuple(Violation(check, text) for text in texts)
 
 
 def _by_place(snapshot: Snapshot) -> dict[tuple[int, str], StoredContribution]:

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,24 @@ class Disk:
         """Remounts it. Raises `NoMounting` while a process has a file open for writing."""
         _mount("-o", "remount,ro" if read_only else "remount,rw", str(self.path))
 
+    def unmount(self) -> None:
+        """Takes the disk away; its folder is then empty. Raises `NoMounting` if that fails.
+
+        At once, also while a process that is just dying has a file on it open.
+        """
+        _call("umount", "--lazy", str(self.path))
+
+    def leave_its_files(self) -> None:
+        """Takes the disk away and leaves what was on it in its folder, without the filling.
+
+        Raises `NoMounting` or `OSError` if that fails.
+        """
+        aside = self.path.with_name(f"{self.path.name}.copy")
+        shutil.copytree(self.path, aside, ignore=shutil.ignore_patterns(_FILLER))
+        self.unmount()
+        self.path.rmdir()
+        aside.rename(self.path)
+
 
 @contextlib.contextmanager
 def _as_far_as_it_goes() -> Iterator[None]:
@@ -77,8 +96,12 @@ def _as_far_as_it_goes() -> Iterator[None]:
 
 
 def _mount(*arguments: str) -> None:
+    _call("mount", *arguments)
+
+
+def _call(*command: str) -> None:
     try:
-        done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         raise NoMounting(str(error)) from error
     if done.returncode != 0:

@@ -30,7 +30,8 @@ class Sample:
 class Growth:
     """How a program's processes grew after they had settled.
 
-    `slope_bytes_per_s`: of the longest-lived one, by least squares; None if none lived long enough.
+    `slope_bytes_per_s`: of the longest-lived one, by least squares over `slope_span_s`; None if
+    none lived long enough.
     `growth_bytes`: the most that any of them grew.
     """
 
@@ -40,6 +41,7 @@ class Growth:
     slope_bytes_per_s: float | None
     max_descriptors: int
     descriptors_growth: int
+    slope_span_s: float = 0.0
 
 
 def sample(program: str, pid: int) -> Sample | None:
@@ -61,7 +63,8 @@ def growth(program: str, samples: Sequence[Sample]) -> Growth | None:
     lives: dict[int, list[Sample]] = {}
     for each in own:
         lives.setdefault(each.pid, []).append(each)
-    grown, opened, slopes = [0], [0], [(LEAST_SPAN_S, None)]
+    grown, opened = [0], [0]
+    slopes: list[tuple[float, float | None]] = [(LEAST_SPAN_S, None)]
     for life in lives.values():
         settled = [each for each in life if each.at_s - life[0].at_s >= SETTLED_AFTER_S]
         if not settled:
@@ -73,11 +76,13 @@ def growth(program: str, samples: Sequence[Sample]) -> Growth | None:
             at_s = [each.at_s for each in settled]
             rss_bytes = [float(each.rss_bytes) for each in settled]
             slopes.append((span_s, float(np.polyfit(at_s, rss_bytes, 1)[0])))
+    slope_span_s, slope_bytes_per_s = max(slopes, key=lambda slope: slope[0])
     return Growth(
         program,
         max_rss_bytes=max(each.rss_bytes for each in own),
         growth_bytes=max(grown),
-        slope_bytes_per_s=max(slopes, key=lambda slope: slope[0])[1],
+        slope_bytes_per_s=slope_bytes_per_s,
         max_descriptors=max(each.descriptors for each in own),
         descriptors_growth=max(opened),
+        slope_span_s=0.0 if slope_bytes_per_s is None else slope_span_s,
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.chaos.stores import Snapshot, StoredContribution, StoredRound, StoredVersion
-from tests.chaos.verdict import Violation
+from tests.chaos.verdict import Checked, Violation
 
 
 @dataclass(slots=True)
@@ -43,6 +43,12 @@ class History:
     online: frozenset[str] = frozenset()
     readings: int = 0
     unreadable: int = 0
+
+    @property
+    def checked(self) -> Checked:
+        """Of all readings: nothing that was decided was taken back."""
+        records = len(self.versions) + len(self.accepted) + len(self.ended)
+        return Checked("taken_back", records, tuple(self.violations))
 
     def watch(self, read: Callable[[], Snapshot], blobs: Path) -> Snapshot | None:
         """One reading of the store and of the weights it names; None if it cannot be read now."""

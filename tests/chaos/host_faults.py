@@ -82,7 +82,7 @@ class DiskReadOnly(DiskFault):
             await program.start()
             await self.last()
         except NoMounting as error:
-            raise Missed(str(error)) from error
+            raise Missed("the disk is in use and stays writable") from error
         finally:
             with contextlib.suppress(NoMounting):
                 disk.set_read_only(False)

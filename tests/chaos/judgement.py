@@ -24,7 +24,7 @@ from tests.chaos.stores import (
     read_coordinator,
     read_ledger,
 )
-from tests.chaos.verdict import Violation
+from tests.chaos.verdict import Checked, Violation, together
 from tests.chaos.world import World
 
 ROUND_SLACK_S = 15.0
@@ -42,8 +42,12 @@ RECOVERY_S = 5.0
 
 @dataclass
 class RemadeVersions:
-    """The versions that were made again. `undecided`: where an update more would not show."""
+    """The versions that were made again. `undecided`: where an update more would not show.
 
+    `asked`: how many there are that rounds made. `count`: how many could be computed.
+    """
+
+    asked: int = 0
     count: int = 0
     largest_difference: float = 0.0
     undecided: list[int] = field(default_factory=list)
@@ -52,9 +56,12 @@ class RemadeVersions:
 
 @dataclass
 class Judgement:
-    """What was found. `reasons`: of abandoned rounds, numbers as N. `errors`: logged ones."""
+    """What was found. `reasons`: of abandoned rounds, numbers as N. `errors`: logged ones.
 
-    violations: list[Violation]
+    `checked`: by the names of the checks.
+    """
+
+    checked: dict[str, Checked]
     snapshot: Snapshot
     grown: list[Growth]
     remade: RemadeVersions = field(default_factory=RemadeVersions)
@@ -62,6 +69,11 @@ class Judgement:
     reasons: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     refused_starts: int = 0
+
+    @property
+    def violations(self) -> list[Violation]:
+        """Of all checks."""
+        return [violation for each in self.checked.values() for violation in each.violations]
 
 
 def judge(made: World, course: Course) -> Judgement:
@@ -78,7 +90,7 @@ def judge(made: World, course: Course) -> Judgement:
         if t.kind.startswith("disk_"):
             disk_troubles.setdefault(t.target, []).append((t.began_s, t.ended_s or end_s))
     grown = [found for name in made.programs if (found := growth(name, course.samples)) is not None]
-    found = Judgement([*course.violations, *course.history.violations], snapshot, grown)
+    found = Judgement({}, snapshot, grown)
     own_exits = [end for end in made.exits if end.program != BROKER]
     found.refused_starts = sum(
         log_checks.is_a_refused_start(end, disk_troubles.get(end.program, ()))
@@ -93,42 +105,52 @@ def judge(made: World, course: Course) -> Judgement:
         if t.kind == "publish_delayed" and t.target == COORDINATOR
     ]
     limits = {name: MOST_RSS_BYTES.get(name, AGENT_RSS_BYTES) for name in made.programs}
-    found.violations += [
-        *checks.ledgers_agree(ledgers, evidence.made, snapshot),
-        *checks.receipts_hold(evidence.receipts, snapshot),
-        *checks.contributions_end(snapshot),
-        *checks.versions_rise(snapshot),
-        *checks.announcements_rise("coordinator_rises", evidence.said_versions, snapshot),
-        *checks.announcements_rise("observer_rises", evidence.announced, snapshot, reordered),
-        *log_checks.exits_are_explained(own_exits, disk_troubles),
-        *log_checks.stops_are_orderly(made.stops),
-        *log_checks.logs_have_no_traceback(logs),
-        *log_checks.sizes_are_bounded(
+    checked = [
+        *course.checked,
+        course.history.checked,
+        checks.ledgers_agree(ledgers, evidence.made, snapshot),
+        checks.receipts_hold(evidence.receipts, snapshot),
+        checks.contributions_end(snapshot),
+        checks.versions_rise(snapshot),
+        checks.announcements_rise("coordinator_rises", evidence.said_versions, snapshot),
+        checks.announcements_rise("observer_rises", evidence.announced, snapshot, reordered),
+        log_checks.exits_are_explained(own_exits, disk_troubles),
+        log_checks.stops_are_orderly(made.stops),
+        log_checks.logs_have_no_traceback(logs),
+        log_checks.sizes_are_bounded(
             grown, most_rss_bytes=limits, descriptors_growth=DESCRIPTORS_GROWTH
         ),
+        log_checks.nothing_piles_up(_left_over(made), FILE_LIMITS),
+        checks.questions_are_answered(
+            evidence.asked,
+            evidence.answered_s,
+            {device: _in_the_way(made, device, end_s) for device in made.devices},
+        ),
     ]
-    found.violations += checks.questions_are_answered(
-        evidence.asked,
-        evidence.answered_s,
-        {device: _in_the_way(made, device, end_s) for device in made.devices},
-    )
     if made.pace.mode == "sync":
         # A buffer without a quorum waits for it, whatever its deadline.
-        found.violations += checks.rounds_end(
+        rounds_end = checks.rounds_end(
             course.history.rounds,
             deadline_s=made.pace.deadline_s,
             slack_s=ROUND_SLACK_S,
             troubles=troubles,
             end_s=end_s,
         )
-    found.violations += log_checks.nothing_piles_up(_left_over(made), FILE_LIMITS)
-    for device in made.devices:
-        found.violations += log_checks.work_is_done_once(device, made.programs[device].events())
+        checked.append(rounds_end)
+    checked += [
+        log_checks.work_is_done_once(device, made.programs[device].events())
+        for device in made.devices
+    ]
     for proxy in made.proxies.values():
         course.failed += [f"proxy of {proxy.name}: {error!r}" for error in proxy.failures]
     found.remade = versions_are_their_updates(snapshot, evidence, course.history)
-    found.violations += found.remade.violations
-    _export_versions(found, made)
+    checked.append(
+        Checked("versions_are_their_updates", found.remade.asked, tuple(found.remade.violations))
+    )
+    exported = _export_versions(made)
+    checked.append(exported)
+    found.exported = exported.cases - len(exported.violations)
+    found.checked = together(checked)
     for record in snapshot.rounds:
         if record.outcome == "abandoned":
             found.reasons["".join("N" if c.isdigit() else c for c in record.reason)[:120]] += 1
@@ -148,6 +170,7 @@ def versions_are_their_updates(
     for version in snapshot.versions:
         if version.round is None:
             continue
+        done.asked += 1
         accepted = [each for each in snapshot.accepted if each.counted_in == version.round]
         problem = _remake(version, accepted, evidence, history, done)
         if problem is not None:
@@ -222,13 +245,15 @@ def _left_over(made: World) -> dict[str, dict[str, list[str]]]:
     }
 
 
-def _export_versions(found: Judgement, made: World) -> None:
+def _export_versions(made: World) -> Checked:
     """Each version can be had again from the store: its weights, and its model byte for byte."""
+    found, cases = [], 0
     with Store.open(made.state_dir(COORDINATOR)) as store:
         for version in store.versions():
+            cases += 1
             try:
                 export_model(store, version)
-                found.exported += 1
             except FedgeError as error:
                 text = f"version {version.number}: {error}"
-                found.violations.append(Violation("versions_can_be_exported", text))
+                found.append(Violation("versions_can_be_exported", text))
+    return Checked("versions_can_be_exported", cases, tuple(found))

@@ -106,6 +106,8 @@ class Program:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", LEASH, str(os.getpid())),
                 *self._command,
+                # Ctrl-C is for the kit, which ends the programs.
+                start_new_session=True,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -151,6 +153,13 @@ class Program:
         """Returns when no process is there."""
         if self._process is not None:
             await self._ended.wait()
+
+    async def end(self) -> None:
+        """kill -9 for good: returns when no process is there, and none will be started."""
+        while self._watcher is not None and not self._watcher.done():
+            # More than once, if it was just being started again.
+            self.kill()
+            await asyncio.wait([self._watcher], timeout=RESTART_S / 10)
 
     def trainer(self) -> int | None:
         """The process id of its training process, None if it has none now."""

@@ -181,7 +181,9 @@ class Proxy:
         assert task is not None
         self._tasks.add(task)
         try:
-            await connection.run()
+            # The end of the proxy cancels it; asyncio 3.11 takes that for a failure and logs it.
+            with contextlib.suppress(asyncio.CancelledError):
+                await connection.run()
         finally:
             self.connections.discard(connection)
             self._tasks.discard(task)

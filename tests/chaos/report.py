@@ -1,21 +1,27 @@
-"""What a run prints: a table for people, an object for programs."""
+"""What a run says: an object for programs, and of it a text for people.
+
+The text is for somebody who has to trust it: what was done to the fleet, what the fleet did
+meanwhile, and each promise with the number of cases that were looked at.
+"""
 
 from __future__ import annotations
 
 import itertools
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from tests.chaos.catalogue import BY_NAME
 from tests.chaos.judgement import Judgement
+from tests.chaos.promises import BY_CHECK, PROMISES
 from tests.chaos.run import Course, Options
 from tests.chaos.schedule import COORDINATOR
+from tests.chaos.stores import Snapshot
 from tests.chaos.verdict import Violation
 from tests.chaos.world import World
 
 AROUND_S = 8.0
-MAX_SHOWN, MAX_MOMENTS = 10, 25
 
 
 def as_object(options: Options, made: World, course: Course, found: Judgement) -> dict[str, Any]:
@@ -35,7 +41,10 @@ def as_object(options: Options, made: World, course: Course, found: Judgement) -
         "devices": options.device_count,
         "faults": course.injected.total(),
         "faults_by_kind": dict(sorted(course.injected.items())),
+        "faults_planned": course.planned.total(),
+        "kinds": _kinds(options, course),
         "missed": dict(sorted(course.missed.items())),
+        "miss_reasons": dict(course.miss_reasons.most_common()),
         "skipped": dict(sorted(course.skipped.items())),
         "skip_reasons": sorted(course.skip_reasons),
         "versions": snapshot.newest,
@@ -44,9 +53,18 @@ def as_object(options: Options, made: World, course: Course, found: Judgement) -
         "rounds": dict(outcomes),
         "abandoned": dict(found.reasons.most_common()),
         "updates_accepted": len(snapshot.accepted),
+        "updates_accepted_by_round": _by_round(snapshot),
         "participants": snapshot.statuses,
         "refusals": snapshot.refusals,
         "receipts_said": len(made.evidence.receipts),
+        "receipts_by_status": dict(Counter(said.status for said in made.evidence.receipts)),
+        "updates_told_accepted": len(
+            {
+                (said.device, said.round, said.sha256)
+                for said in made.evidence.receipts
+                if said.status == "accepted"
+            }
+        ),
         "versions_remade": found.remade.count,
         "largest_difference": found.remade.largest_difference,
         "versions_undecided": found.remade.undecided,
@@ -68,11 +86,13 @@ def as_object(options: Options, made: World, course: Course, found: Judgement) -
                 "slope_kb_per_min": None
                 if each.slope_bytes_per_s is None
                 else round(each.slope_bytes_per_s * 60 / 1e3, 1),
+                "slope_span_s": round(each.slope_span_s, 1),
                 "max_descriptors": each.max_descriptors,
             }
             for each in found.grown
         },
         "kit_failures": course.failed,
+        "checks": _checks(found),
         "violations": [
             {
                 "check": each.check,
@@ -96,62 +116,49 @@ def moments(made: World, course: Course, violation: Violation) -> list[str]:
     ]
 
 
-def as_text(report: dict[str, Any]) -> str:
-    """The table."""
-    lines = [
-        f"seed {report['seed']}, {report['seconds']:g} s, {report['devices']} devices, "
-        f"mode {report['mode']}",
-        "",
-    ]
-    lines.append(f"{'fault':<28}{'injected':>10}{'missed':>10}{'skipped':>10}")
-    for name in BY_NAME:
-        counts = [report[column].get(name, 0) for column in ("faults_by_kind", "missed", "skipped")]
-        if any(counts):
-            lines.append(f"{name:<28}" + "".join(f"{count or '':>10}" for count in counts))
-    totals = [report["faults"], *(sum(report[c].values()) for c in ("missed", "skipped"))]
-    lines.append(f"{'all':<28}" + "".join(f"{count:>10}" for count in totals))
-    lines += [f"skipped: {reason}" for reason in report["skip_reasons"]]
-    lines += [
-        "",
-        f"versions made            {report['versions']}, {report['versions_under_fault']} of them "
-        f"under faults; at most {report['longest_time_between_versions_s']:g} s between two",
-        f"made again from updates  {report['versions_remade']}, largest difference "
-        f"{report['largest_difference']:.2g}; undecided: {len(report['versions_undecided'])}",
-        f"exported again           {report['versions_exported']}",
-        f"rounds                   {_counts(report['rounds'])}",
-        f"updates accepted         {report['updates_accepted']}; receipts: "
-        f"{report['receipts_said']}",
-        f"participants             {_counts(report['participants'])}",
-        f"refusals                 {_counts(report['refusals'])}",
-        f"starts refused           {report['starts_refused_by_a_bad_disk']}, on a bad disk",
-        f"coordinator's starts     {_counts(report['coordinator_starts_s'])} s to its broker",
-        f"quiet afterwards         {report['quiet_s']} s",
-        f"errors logged            {_counts(report['errors_logged'])}",
-        "",
-        "rounds abandoned because",
-        *(f"  {count:>4}  {reason}" for reason, count in report["abandoned"].items()),
-        "",
-        f"{'program':<14}{'max RSS MB':>12}{'growth MB':>12}{'KB/min':>10}{'open files':>12}",
-    ]
-    for program, size in report["sizes"].items():
-        slope = size["slope_kb_per_min"]
-        lines.append(
-            f"{program:<14}{size['max_rss_mb']:>12}{size['growth_mb']:>12}"
-            f"{'-' if slope is None else slope:>10}{size['max_descriptors']:>12}"
+def _kinds(options: Options, course: Course) -> dict[str, Any]:
+    """Which kinds of faults struck, and why the others did not."""
+    among = {kind.name for kind in options.kinds}
+
+    def names(wanted: Iterable[str]) -> list[str]:
+        without = set(wanted) - set(course.injected)
+        return [name for name in BY_NAME if name in without]
+
+    return {
+        "all": len(BY_NAME),
+        "injected": len(course.injected),
+        "left_out": names(set(BY_NAME) - among),
+        "not_drawn": names(among - set(course.planned)),
+        "missed": names(set(course.missed) - set(course.skipped)),
+        "skipped": names(course.skipped),
+    }
+
+
+def _by_round(snapshot: Snapshot) -> dict[str, int]:
+    """Accepted updates by what became of the round in which they count."""
+    outcomes = {each.number: each.outcome or "open" for each in snapshot.rounds}
+    return dict(Counter(outcomes.get(each.counted_in, "lost") for each in snapshot.accepted))
+
+
+def _checks(found: Judgement) -> list[dict[str, Any]]:
+    """Each promise; `cases`: None where this mode does not have it.
+
+    Raises `KeyError` for a check without a promise.
+    """
+    unknown = set(found.checked) - set(BY_CHECK)
+    if unknown:
+        raise KeyError(f"checks without a sentence in `promises`: {sorted(unknown)}")
+    told = []
+    for promise in PROMISES:
+        checked = found.checked.get(promise.check)
+        told.append(
+            {
+                "check": promise.check,
+                "guarantee": promise.heading,
+                "promise": promise.sentence,
+                "cases": None if checked is None else checked.cases,
+                "of": promise.cases,
+                "violations": 0 if checked is None else len(checked.violations),
+            }
         )
-    lines.append("")
-    for each in report["violations"][:MAX_SHOWN]:
-        lines += [f"VIOLATION {each['check']}: {each['text']}", *each["around"][-MAX_MOMENTS:], ""]
-    if len(report["violations"]) > MAX_SHOWN:
-        lines.append(f"and {len(report['violations']) - MAX_SHOWN} violations more")
-    lines += [f"THE KIT FAILED: {failure}" for failure in report["kit_failures"]]
-    lines.append(
-        f"{report['faults']} faults, {report['versions']} versions, "
-        f"{report['updates_accepted']} updates accepted, {len(report['violations'])} violations"
-    )
-    return "\n".join(lines)
-
-
-def _counts(counts: dict[str, int]) -> str:
-    told = sorted(counts.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {count}" for name, count in told) or "none"
+    return told

@@ -13,7 +13,7 @@ import contextlib
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from tests.chaos.fault import Fault, Missed, Skipped
 from tests.chaos.history import History
 from tests.chaos.schedule import COORDINATOR, Planned
 from tests.chaos.stores import Snapshot, read_coordinator, read_outbox
-from tests.chaos.verdict import Violation
+from tests.chaos.verdict import Checked, Violation
 from tests.chaos.world import Pace, Trouble, World, rng_of, world
 
 FIRST_VERSION_S = 240.0
@@ -37,7 +37,7 @@ the coordinator rests up to a minute after rounds were abandoned in a row."""
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a run is asked to be."""
+    """What a run is asked to be. `tell`: is told, in a line, how far it is."""
 
     seconds: float
     seed: int
@@ -46,25 +46,32 @@ class Options:
     folder: Path
     with_disks: bool
     pace: Pace = field(default_factory=Pace)
+    tell: Callable[[str], None] = lambda _: None
 
 
 @dataclass
 class Course:
-    """How a run went: what the world does not know of it."""
+    """How a run went: what the world does not know of it.
+
+    `planned`: how many faults. `miss_reasons`: of faults that found nothing to strike. `checked`:
+    what had to be looked at while the fleet was there.
+    """
 
     began_s: float = 0.0
     healed_s: float = 0.0
     quiet_s: float | None = None
     healed_version: int = -1
     healed_round: int = 0
+    planned: Counter[str] = field(default_factory=Counter)
     injected: Counter[str] = field(default_factory=Counter)
     missed: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
+    miss_reasons: Counter[str] = field(default_factory=Counter)
     skip_reasons: set[str] = field(default_factory=set)
     history: History = field(default_factory=History)
     samples: list[gauges.Sample] = field(default_factory=list)
-    violations: list[Violation] = field(default_factory=list)
+    checked: list[Checked] = field(default_factory=list)
 
 
 class NotStarted(Exception):
@@ -77,7 +84,7 @@ async def after(options: Options, faults: Sequence[Planned]):
 
     Yields the world and the course. Raises `NotStarted`.
     """
-    course = Course()
+    course = Course(planned=Counter(planned.kind for planned in faults))
     async with world(
         options.folder, options.device_count, options.pace, with_disks=options.with_disks
     ) as made:
@@ -87,12 +94,19 @@ async def after(options: Options, faults: Sequence[Planned]):
                 group.create_task(_gauge(made, course), name="gauge"),
             ]
             try:
-                await _first_version(made, course)
-                await _strike_all(made, course, options, faults)
-                await _be_quiet(made, course)
+                # Raised within the group, it would come out as a group of exceptions.
+                not_started = await _first_version(made, course)
+                if not_started is None:
+                    options.tell(f"the fleet has made version 1; {len(faults)} faults begin")
+                    await _strike_all(made, course, options, faults)
+                    options.tell("all faults are healed; the fleet has to calm down by itself")
+                    await _be_quiet(made, course)
             finally:
                 for watcher in watchers:
                     watcher.cancel()
+        if not_started is not None:
+            raise not_started
+        options.tell("stopping the fleet, and checking what it left")
         for device in made.devices:
             await made.stop(device)
         await _all_are_seen_to_leave(made, course)
@@ -100,14 +114,15 @@ async def after(options: Options, faults: Sequence[Planned]):
         yield made, course
 
 
-async def _first_version(made: World, course: Course) -> None:
+async def _first_version(made: World, course: Course) -> NotStarted | None:
     try:
         async with asyncio.timeout(FIRST_VERSION_S):
             while 1 not in course.history.versions:  # noqa: ASYNC110 -- others write the store
                 await asyncio.sleep(0.1)
     except TimeoutError:
         logs = "\n".join(program.log_text()[-1500:] for program in made.programs.values())
-        raise NotStarted(f"no version within {FIRST_VERSION_S:g} s:\n{logs}") from None
+        return NotStarted(f"no version within {FIRST_VERSION_S:g} s:\n{logs}")
+    return None
 
 
 async def _strike_all(
@@ -138,6 +153,7 @@ async def _strike(fault: Fault, course: Course) -> None:
         made.note(f"ended: fault {planned.number}, {planned.kind} of {planned.target}")
     except Missed as reason:
         course.missed[planned.kind] += 1
+        course.miss_reasons[str(reason)] += 1
         made.note(f"missed: fault {planned.number}, {planned.kind}: {reason}")
     except Skipped as reason:
         course.skipped[planned.kind] += 1
@@ -170,9 +186,10 @@ async def _strike_alone(fault: Fault) -> None:
 async def _be_quiet(made: World, course: Course) -> None:
     """Until the fleet made further versions and uses one, all of it is seen, all is answered."""
     wanted = course.healed_version + FURTHER_VERSIONS
-    waiting: dict[str, list[int]] = {}
+    waiting: dict[str, list[int] | str] = {}
     unseen: set[str] = set()
     behind: dict[str, int] = {}
+    goes_on, answered, follow, present = [], [], [], []
     try:
         async with asyncio.timeout(QUIET_LIMIT_S):
             while True:
@@ -196,16 +213,24 @@ async def _be_quiet(made: World, course: Course) -> None:
                 f"version {course.healed_version} when all was healed, {newest} after "
                 f"{QUIET_LIMIT_S:g} s of quiet; {wanted} were wanted"
             )
-            course.violations.append(Violation("the_fleet_goes_on", text, now))
+            goes_on.append(Violation("the_fleet_goes_on", text, now))
         if waiting:
             text = f"updates without a receipt after {QUIET_LIMIT_S:g} s of quiet: {waiting}"
-            course.violations.append(Violation("every_update_is_answered", text, now))
+            answered.append(Violation("every_update_is_answered", text, now))
         if behind:
             text = f"version {newest} is the newest; devices still use {behind}"
-            course.violations.append(Violation("devices_follow", text, now))
+            follow.append(Violation("devices_follow", text, now))
         if unseen:
             text = f"not online for the coordinator after {QUIET_LIMIT_S:g} s: {sorted(unseen)}"
-            course.violations.append(Violation("presence_is_right", text, now))
+            present.append(Violation("presence_is_right", text, now))
+    updates = sum(number <= course.healed_round for _, number in made.evidence.made)
+    further = max(course.history.versions) - course.healed_version
+    course.checked += [
+        Checked("the_fleet_goes_on", further, tuple(goes_on)),
+        Checked("every_update_is_answered", updates, tuple(answered)),
+        Checked("devices_follow", len(made.devices), tuple(follow)),
+        Checked("presence_is_right", len(made.devices), tuple(present)),
+    ]
 
 
 async def _all_are_seen_to_leave(made: World, course: Course) -> None:
@@ -215,18 +240,24 @@ async def _all_are_seen_to_leave(made: World, course: Course) -> None:
         await asyncio.sleep(0.1)
         with contextlib.suppress(sqlite3.Error):
             left = set(made.devices) & (await asyncio.to_thread(_read, made)).online
+    found: tuple[Violation, ...] = ()
     if left:
         text = f"still online {PRESENCE_LIMIT_S:g} s after they ended: {sorted(left)}"
-        course.violations.append(Violation("presence_is_right", text, time.monotonic()))
+        found = (Violation("presence_is_right", text, time.monotonic()),)
+    course.checked.append(Checked("presence_is_right", len(made.devices), found))
 
 
-def _unanswered(made: World, course: Course) -> dict[str, list[int]]:
-    found = {}
+def _unanswered(made: World, course: Course) -> dict[str, list[int] | str]:
+    found: dict[str, list[int] | str] = {}
     for device in made.devices:
-        with contextlib.suppress(sqlite3.Error):
+        try:
             rounds = [r for r in read_outbox(made.ledger(device)) if r <= course.healed_round]
-            if rounds:
-                found[device] = rounds
+        except sqlite3.Error as error:
+            # What cannot be read is not answered: else an unreadable ledger would be a good one.
+            found[device] = f"its ledger cannot be read: {error}"
+            continue
+        if rounds:
+            found[device] = rounds
     return found
 
 

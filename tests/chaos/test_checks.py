@@ -25,7 +25,7 @@ from tests.chaos.evidence import Announced, Asked, Evidence, SaidReceipt
 from tests.chaos.history import History, Open
 from tests.chaos.judgement import versions_are_their_updates
 from tests.chaos.stores import LedgerLine, Snapshot, read_coordinator, read_ledger, read_outbox
-from tests.chaos.verdict import Violation
+from tests.chaos.verdict import Checked, Violation
 
 DEVICES = ("d0", "d1", "d2")
 EXAMPLES = {"d0": 10, "d1": 20, "d2": 40}
@@ -68,11 +68,11 @@ class Left:
         remade = versions_are_their_updates(snapshot, self.evidence, self.history)
         return [
             *self.history.violations,
-            *checks.ledgers_agree(self.ledgers, self.evidence.made, snapshot),
-            *checks.receipts_hold(self.evidence.receipts, snapshot),
-            *checks.contributions_end(snapshot),
-            *checks.versions_rise(snapshot),
-            *checks.announcements_rise("rises", self.evidence.announced, snapshot),
+            *checks.ledgers_agree(self.ledgers, self.evidence.made, snapshot).violations,
+            *checks.receipts_hold(self.evidence.receipts, snapshot).violations,
+            *checks.contributions_end(snapshot).violations,
+            *checks.versions_rise(snapshot).violations,
+            *checks.announcements_rise("rises", self.evidence.announced, snapshot).violations,
             *remade.violations,
         ]
 
@@ -335,7 +335,7 @@ def test_an_older_announcement_is_found_unless_a_broker_remembered_it(left: Left
     excused = checks.announcements_rise(
         "rises", left.evidence.announced, left.snapshot, [(50.5, 51.5)]
     )
-    assert excused == []
+    assert excused.violations == ()
 
 
 def test_an_announcement_of_a_version_that_is_not_stored_is_found(left: Left):
@@ -366,11 +366,11 @@ def test_a_round_may_be_late_by_the_faults_and_no_more():
     faults = [(0.0, 5.0), (12.0, 20.0), (18.0, 24.0), (39.0, 60.0)]
     assert checks.overlap_s(faults, 10, 40) == pytest.approx(13)
 
-    def found(slack_s: float) -> list[Violation]:
+    def found(slack_s: float) -> Checked:
         return checks.rounds_end(rounds, deadline_s=6, slack_s=slack_s, troubles=faults, end_s=100)
 
-    assert found(11.1) == []
-    assert len(found(10.9)) == 1
+    assert found(11.1) == Checked("rounds_end", 1)
+    assert len(found(10.9).violations) == 1
 
 
 ASKED = [Asked("d0", "need of x", 10.0), Asked("d0", "need of x", 20.0)]
@@ -400,13 +400,14 @@ def test_a_question_without_an_answer_is_found(
     violations: int,
 ):
     found = checks.questions_are_answered(asked, {"d0": answered_s}, {"d0": trouble})
-    assert len(found) == violations
+    assert len(found.violations) == violations
+    assert found.cases == len({(each.device, each.what) for each in asked})
 
 
 def test_a_round_that_never_closed_is_late_at_the_end():
     rounds = {1: Open(gathering_s=0, training_s=10)}
     found = checks.rounds_end(rounds, deadline_s=6, slack_s=5, troubles=[], end_s=22)
-    assert len(found) == 1
+    assert len(found.violations) == 1
 
 
 def test_a_device_s_ledger_and_outbox_are_read(tmp_path: Path):

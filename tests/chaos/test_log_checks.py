@@ -42,7 +42,7 @@ FREE = {"event": "storage_available", "what": "receipt"}
     ],
 )
 def test_work_that_was_done_twice_is_found(events: list[dict[str, object]], violations: int):
-    assert len(work_is_done_once("d0", events)) == violations
+    assert len(work_is_done_once("d0", events).violations) == violations
 
 
 def an_exit(**changes: object) -> Exit:
@@ -77,7 +77,7 @@ def an_exit(**changes: object) -> Exit:
     ],
 )  # fmt: skip
 def test_an_end_that_nobody_wanted_is_found(end: Exit, violations: int):
-    assert len(exits_are_explained([end], {"d0": [(8.0, 11.0)]})) == violations
+    assert len(exits_are_explained([end], {"d0": [(8.0, 11.0)]}).violations) == violations
 
 
 def test_a_program_that_does_not_obey_sigterm_is_found():
@@ -88,7 +88,9 @@ def test_a_program_that_does_not_obey_sigterm_is_found():
         Stop("d3", 4.0, -15, served=False),
         Stop("d4", 5.0, -15, served=True),
     ]
-    assert [violation.text[:2] for violation in stops_are_orderly(stops)] == ["d1", "d2", "d4"]
+    found = stops_are_orderly(stops)
+    assert [violation.text[:2] for violation in found.violations] == ["d1", "d2", "d4"]
+    assert found.cases == 5
 
 
 def test_a_traceback_is_found_also_within_a_json_line():
@@ -97,7 +99,7 @@ def test_a_traceback_is_found_also_within_a_json_line():
         "d1": 'Traceback (most recent call last):\n  File "x.py"\nValueError: no\n',
         "d2": '{"event": "y", "traceback": "Traceback (most recent call last):\\n ValueError"}\n',
     }
-    found = logs_have_no_traceback(logs)
+    found = logs_have_no_traceback(logs).violations
     assert len(found) == 2
     assert "ValueError: no" in found[0].text
 
@@ -105,7 +107,9 @@ def test_a_traceback_is_found_also_within_a_json_line():
 def test_files_that_pile_up_are_found():
     files = {"d0": {"outbox": ["1", "2"], "blobs": ["a"]}, "d1": {"outbox": []}}
     found = nothing_piles_up(files, {"outbox": 1, "blobs": 1})
-    assert [violation.text.split(":")[0] for violation in found] == ["2 files in outbox of d0"]
+    told = [violation.text.split(":")[0] for violation in found.violations]
+    assert told == ["2 files in outbox of d0"]
+    assert found.cases == 3
 
 
 def samples(program: str, pid: int, rss_bytes: list[int], descriptors: int = 10) -> list[Sample]:
@@ -121,13 +125,14 @@ def test_memory_that_grows_is_found_and_its_slope_is_told():
     grown = [growth(program, [*flat, *leaking]) for program in ("d0", "d1", "d2")]
     assert grown[2] is None
     still, leak = grown[0], grown[1]
-    assert still == Growth("d0", 60, 0, pytest.approx(0.0, abs=1e-9), 10, 0)
+    assert still == Growth("d0", 60, 0, pytest.approx(0.0, abs=1e-9), 10, 0, 50.0)
     assert leak is not None
     assert leak.slope_bytes_per_s == pytest.approx(10.0)
     assert leak.growth_bytes == 700
     limits = {"d0": 100, "d1": 900}
     found = sizes_are_bounded([still, leak], most_rss_bytes=limits, descriptors_growth=5)
-    assert [violation.text[:2] for violation in found] == ["d1"]
+    assert [violation.text[:2] for violation in found.violations] == ["d1"]
+    assert found.cases == 2
 
 
 def test_a_restart_is_not_growth():

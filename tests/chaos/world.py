@@ -21,11 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from tests.brokers import HOST, MOSQUITTO
 from tests.chaos.client import BareClient
 from tests.chaos.clocks import SITE, Clock
-from tests.chaos.disks import Disk
+from tests.chaos.disks import Disk, NoMounting
 from tests.chaos.evidence import Evidence
 from tests.chaos.ports import free_port
 from tests.chaos.programs import Exit, Program, Stop
@@ -33,6 +34,7 @@ from tests.chaos.proxy import Proxy
 from tests.chaos.schedule import BROKER, COORDINATOR
 from tests.chaos.stranger import Stranger
 
+TEMPORARY = "tmp"
 ROOT = Path(__file__).resolve().parents[2]
 POPULATION = "chaos"
 TASK = f"{Path(__file__).with_name('task.py')}:task"
@@ -72,6 +74,7 @@ class World:
     """See the top of this file.
 
     `disks`: empty where nothing may be mounted. `held`: processes that a fault has in its hands.
+    `is_kept`: whether what is on the disks stays in their folders when the world ends.
     """
 
     folder: Path
@@ -90,6 +93,7 @@ class World:
     troubles: list[Trouble] = field(default_factory=list)
     held: set[str] = field(default_factory=set)
     timeline: list[tuple[float, str]] = field(default_factory=list)
+    is_kept: bool = True
     made_s: float = field(default_factory=time.monotonic)
 
     @property
@@ -227,8 +231,10 @@ async def world(
     observer = BareClient(port, "observer", (f"fedge/1/{POPULATION}/all/+",), evidence.of_observer)
     stranger = Stranger(POPULATION, port, evidence)
     made = World(folder, devices, pace, evidence, observer, stranger, port)
-    (folder / BROKER).mkdir(parents=True, exist_ok=True)
+    for name in (BROKER, TEMPORARY):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(_take_disks_away, made)
         stack.push_async_callback(_end, made)
         for name in made.names:
             if with_disks:
@@ -296,6 +302,8 @@ def _configure(made: World) -> None:
                 **os.environ,
                 "PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}",
                 "OMP_NUM_THREADS": "1",
+                # Where a program that is killed leaves things, they go with the folder.
+                "TMPDIR": str(folder / TEMPORARY),
                 **({} if clock is None else clock.environment),
             },
             on_exit=made.exited,
@@ -310,10 +318,24 @@ def _broker_table(made: World, name: str) -> str:
 
 
 async def _end(made: World) -> None:
+    """All processes are gone: the programs, and the trainers that died with their agents."""
+    processes = psutil.Process().children(recursive=True)
     for program in made.programs.values():
-        program.kill()
-    for program in made.programs.values():
-        await program.gone()
+        await program.end()
+    left = [process for process in processes if process.is_running()]
+    await asyncio.to_thread(psutil.wait_procs, left, PATIENT_S)
+
+
+def _take_disks_away(made: World) -> None:
+    for disk in made.disks.values():
+        try:
+            if made.is_kept:
+                disk.leave_its_files()
+            else:
+                disk.unmount()
+        except (NoMounting, OSError, shutil.Error) as error:
+            made.note(f"the disk {disk.path.name} could not be taken away: {error}")
+            print(f"the disk of {disk.path} could not be taken away: {error}", file=sys.stderr)
 
 
 def rng_of(seed: int, number: int) -> random.Random:

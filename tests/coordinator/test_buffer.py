@@ -93,6 +93,15 @@ def test_a_device_that_restarted_is_asked_anew_and_takes_no_second_place():
     assert (1, "a") in state.flights
 
 
+def test_a_device_that_comes_back_does_not_give_its_place_to_another():
+    state, _ = opened(2, 1, {(1, "a"): Flight(0, 90.0)})
+    state, _ = after(state, *(CheckedIn(name, 4) for name in "bcd"))
+    assert state.waiting == ("d",)
+    state, commands = after(state, CheckedIn("a", 4))
+    assert commands == [Assign(("a",))]
+    assert state.waiting == ("d",)
+
+
 def test_a_flight_ends_at_its_own_deadline_and_frees_its_place():
     state, _ = opened(2, 1, {(1, name): Flight(0, 50.0) for name in "abc"})
     state, _ = after(state, CheckedIn("d", 4))

@@ -120,7 +120,10 @@ def test_the_files_are_read_by_the_programs_they_are_for(tmp_path: Path) -> None
     assert coordinator.evaluation is not None
     assert coordinator.evaluation.path.resolve() == folder.data / "test.npz"
     agent = load_agent(
-        write_toml(folder.device("device-2") / "agent.toml", device_settings("device-2", broker))
+        write_toml(
+            folder.device("device-2") / "agent.toml",
+            device_settings(experiment, "device-2", broker),
+        )
     )
     assert agent.device == "device-2"
     assert agent.data is not None

@@ -343,7 +343,7 @@ def test_a_server_that_is_not_there_is_said_so(tmp_path, free_port):
 def test_one_coordinator_serves_a_database_whatever_its_folder(tmp_path, on_postgres):
     folder, url = on_postgres
     with Store.open(folder, url, create=True, serve=True):
-        with pytest.raises(ConfigError, match="another coordinator serves"):
+        with pytest.raises(ConfigError, match="a coordinator serves"):
             Store.open(tmp_path / "elsewhere", url, create=True, serve=True)
         # The folder that was refused is free again.
         Store.open(tmp_path / "elsewhere", None, create=True, serve=True).close()
@@ -363,7 +363,7 @@ def test_the_right_to_serve_is_taken_again_when_its_connection_was_lost(on_postg
     with filled(on_postgres) as store:
         end_serving_connection(postgres, on_postgres[1])
         assert store.record_accepted(1, "pi-1", contribution(), at=50.0) is True
-        with pytest.raises(ConfigError, match="another coordinator serves"):
+        with pytest.raises(ConfigError, match="a coordinator serves"):
             Store.open(on_postgres[0].parent / "other", on_postgres[1], serve=True, create=True)
 
 
@@ -376,7 +376,7 @@ def test_another_lock_is_not_the_right_to_serve(on_postgres):
         serving.execute(text("SELECT pg_advisory_lock(42), pg_advisory_lock(0, 42)"))
         assert store.record_accepted(1, "pi-1", contribution(), at=50.0) is True
         # So it has taken the right again.
-        with pytest.raises(ConfigError, match="another coordinator serves"):
+        with pytest.raises(ConfigError, match="a coordinator serves"):
             Store.open(on_postgres[0].parent / "other", on_postgres[1], serve=True, create=True)
 
 

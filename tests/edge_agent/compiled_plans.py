@@ -33,6 +33,11 @@ def random_batch(
     """`rows` inputs and targets of the plan's kinds: classes from 0 to 2, tokens from 0 to 11."""
     rng = np.random.default_rng(seed)
     shape = (rows, *manifest.features.tensor.shape[1:])
+    if manifest.target.kind == "next_word":
+        # A few words only, padded on the right.
+        words = rng.integers(1, 12, (rows, shape[1] + 1))
+        kept = np.arange(shape[1]) < rng.integers(1, shape[1] + 1, (rows, 1))
+        return np.where(kept, words[:, :-1], 0), np.where(kept, words[:, 1:], 0)
     if manifest.target.kind == "class":
         target = rng.integers(0, 3, rows)
     else:

@@ -37,9 +37,9 @@ LIMIT_S = 60.0
 
 
 class Process:
-    """`fedge-agent run`, and the training process below it."""
+    """`fedge-agent run`, and the training process below it. `more`: of its configuration."""
 
-    def __init__(self, here: ScriptedCoordinator) -> None:
+    def __init__(self, here: ScriptedCoordinator, more: str = "") -> None:
         here.settings()  # writes the examples
         self.log = here.folder / "agent.log"
         config = here.folder / "agent.toml"
@@ -47,7 +47,7 @@ class Process:
             f'population = "{here.population}"\ndevice = "{DEVICE}"\nstate_dir = "state"\n'
             f'engine = "onnx"\nlog_format = "json"\n[broker]\nport = {here.port}\n'
             'keepalive_s = 5\nreconnect_cap_s = 1\n[data]\npath = "data.npz"\n'
-            "[trainer]\nnice = 0\n"
+            f"[trainer]\nnice = 0\n{more}"
         )
         self.command = [sys.executable, "-m", "fedge.edge_agent", "run", "--config", str(config)]
         self.start()
@@ -84,8 +84,8 @@ class Process:
 
 
 @contextlib.contextmanager
-def agent_process(here: ScriptedCoordinator) -> Iterator[Process]:
-    made = Process(here)
+def agent_process(here: ScriptedCoordinator, more: str = "") -> Iterator[Process]:
+    made = Process(here, more)
     try:
         yield made
     finally:

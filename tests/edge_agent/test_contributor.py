@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedge.edge_agent.checkpoints import Checkpoints
 from fedge.edge_agent.contributor import Contributor
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.engines import EngineName
@@ -19,6 +20,7 @@ from fedge.edge_agent.events import Trained, TrainingStopped
 from fedge.edge_agent.library import Library
 from fedge.edge_agent.outbox import Outbox
 from fedge.edge_agent.state import AgentState
+from fedge.edge_agent.trainer.jobs import CountJob
 from fedge.edge_agent.trainer.process import TrainerLimits, TrainerProcess
 from fedge.schemas.blobs import describe
 from fedge.schemas.messages import Assignment, VersionAnnouncement
@@ -61,7 +63,11 @@ class Device:
             library=self.library,
             outbox=self.outbox,
             held=lambda: self.version,
+            checkpoints=Checkpoints(state_dir / "checkpoint"),
         )
+
+    def interrupt(self, job) -> bool:
+        return self.trainer.interrupt(job)
 
     async def run(self, job, on_progress=None):
         """The trainer's, and notes that training moves."""
@@ -199,7 +205,8 @@ def test_a_training_that_is_stopped_leaves_nothing(tmp_path) -> None:
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
-            assert here.trainer.pid is None
+            # The process stops after its step, and waits for the next job.
+            await here.trainer.run(CountJob(data=DataConfig(path=tmp_path / "data.npz")))
             assert here.files == []
             assert here.memory.outbox() == {}
 
@@ -228,5 +235,62 @@ def test_a_result_that_cannot_be_kept_is_a_failure_with_the_reason_and_leaves_no
                 assert here.memory.outbox() == {}
                 disk.empty()
                 assert await here.contributor.contribute(assignment()) == Trained(1)
+
+    asyncio.run(scenario())
+
+
+def test_a_suspended_training_goes_on_where_it_was_to_the_same_update(tmp_path) -> None:
+    async def scenario() -> None:
+        async with device(tmp_path, n=4000) as here:
+            work = assignment(local_epochs=10)
+            checkpoint = tmp_path / "state" / "checkpoint" / "1.checkpoint"
+            for _ in range(2):
+                here.moving.clear()
+                here.begun.clear()
+                async with training(here, work) as task:
+                    here.contributor.suspend()
+                    here.contributor.suspend()  # once more is the same
+                    assert await task is None
+                assert checkpoint.exists()
+                assert here.trainer.pid is None
+                assert here.files == []
+            assert await here.contributor.contribute(work) == Trained(1)
+            assert not checkpoint.exists()
+            again = work.model_copy(update={"round": 2})
+            assert await here.contributor.contribute(again) == Trained(2)
+            assert here.outbox.path(1).read_bytes() == here.outbox.path(2).read_bytes()
+            here.contributor.suspend()  # nothing is under way
+
+    asyncio.run(scenario())
+
+
+def test_a_training_that_waits_for_its_turn_is_suspended_before_it_begins(tmp_path) -> None:
+    async def scenario() -> None:
+        async with device(tmp_path, n=4000) as here:
+            # Another device of the fleet has the process.
+            job = here.contributor._job(assignment(local_epochs=10))
+            busy = asyncio.create_task(here.trainer.run(job))
+            await asyncio.sleep(0)
+            task = asyncio.create_task(here.contributor.contribute(assignment()))
+            await asyncio.sleep(0.1)
+            here.contributor.suspend()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert (await busy).steps == 5000
+            assert here.trainer.pid is not None
+            assert await here.contributor.contribute(assignment()) == Trained(1)
+
+    asyncio.run(scenario())
+
+
+def test_another_round_s_checkpoint_goes_when_a_training_begins(tmp_path) -> None:
+    async def scenario() -> None:
+        async with device(tmp_path) as here:
+            folder = tmp_path / "state" / "checkpoint"
+            folder.mkdir()
+            (folder / "7.checkpoint").write_bytes(b"of another round")
+            (folder / "1.checkpoint").write_bytes(b"damaged")
+            assert await here.contributor.contribute(assignment()) == Trained(1)
+            assert list(folder.iterdir()) == []
 
     asyncio.run(scenario())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -20,6 +20,7 @@ from fedge.edge_agent.commands import (
     SendCheckIn,
     SendOffer,
     StopTraining,
+    Suspend,
     Train,
 )
 from fedge.edge_agent.events import (
@@ -31,10 +32,12 @@ from fedge.edge_agent.events import (
     Counted,
     Deferred,
     Disconnected,
+    EligibilityChanged,
     Event,
     Fetched,
     FetchFailed,
     Outlook,
+    Overdue,
     Receipted,
     Recovered,
     RetryDue,
@@ -451,6 +454,121 @@ def test_in_synchronous_mode_nothing_is_asked_for_between_a_receipt_and_the_next
     assert device.feed(RoundSeen(announced(2))) == [CheckIn(2, 2.0)]
 
 
+# ---------------------------------------------------------------- eligibility and participation
+
+
+BARRED, FREE = EligibilityChanged(eligible=False), EligibilityChanged(eligible=True)
+
+
+def suspended(number: int = 1) -> Device:
+    device = in_training(number)
+    assert device.feed(BARRED) == [Suspend(assignment_of(device))]
+    return device
+
+
+def test_a_device_that_is_not_eligible_does_not_check_in_until_it_is() -> None:
+    device = ready()
+    assert device.feed(BARRED, RoundSeen(announced(1))) == []
+    assert device.feed(FREE) == [CheckIn(1, 2.0)]
+    # A rule that breaks while the check-in waits for its moment.
+    assert device.feed(BARRED, CheckInDue(1, drawn=True)) == []
+    assert device.feed(FREE) == [CheckIn(1, 2.0)]
+    assert device.feed(CheckInDue(1, drawn=True)) == [SendCheckIn(1)]
+    # It is said: the coordinator need not hear it again.
+    assert device.feed(BARRED, FREE) == []
+
+
+def test_a_rule_that_breaks_suspends_the_training_and_its_end_resumes_it() -> None:
+    device = suspended(1)
+    assert device.feed(BARRED) == []
+    assert device.feed(Assigned(assignment(1)), Disconnected(), Connected()) == []
+    assert device.feed(RoundSeen(announced(1, RoundPhase.TRAINING))) == []
+    assert device.feed(FREE) == [Train(assignment_of(device))]
+    assert device.feed(FREE) == []
+    assert device.feed(Trained(1)) == [SendOffer(1)]
+
+
+def test_an_assignment_that_comes_while_a_rule_is_broken_waits_for_it() -> None:
+    device = ready()
+    device.feed(RoundSeen(announced(1)), BARRED)
+    assert device.feed(Assigned(assignment(1))) == [Suspend(assignment_of(device))]
+    assert device.feed(FREE) == [Train(assignment_of(device))]
+
+
+def test_a_base_that_arrives_while_a_rule_is_broken_is_not_trained_from_yet() -> None:
+    device = ready(0)
+    device.feed(RoundSeen(announced(2)), VersionSeen(version(1)), Assigned(assignment(2)), BARRED)
+    waits, activate = device.feed(Fetched(1))
+    assert (waits, activate) == (Suspend(assignment_of(device)), Activate(device.state.announced))
+    assert device.feed(FREE) == [Train(assignment_of(device))]
+
+
+def test_a_suspended_training_whose_time_is_over_is_said_and_is_no_failure() -> None:
+    device = suspended(1)
+    stop, said = device.feed(Overdue(1, "on battery"))
+    assert (stop, said) == (StopTraining(1), SayTrainingFailed(1, "on battery"))
+    assert (device.state.failures, device.state.resting) == (0, False)
+    assert device.feed(Overdue(1, "on battery")) == []
+    assert device.feed(FREE) == []
+    assert device.feed(RoundSeen(announced(2))) == [CheckIn(2, 2.0)]
+
+
+def test_an_end_of_time_that_comes_late_changes_nothing() -> None:
+    device = suspended(1)
+    device.feed(FREE)
+    assert device.feed(Overdue(1, "on battery")) == []
+    assert device.feed(Trained(1)) == [SendOffer(1)]
+    assert device.feed(Overdue(1, "on battery")) == []
+
+
+def test_a_training_that_ended_before_it_could_be_stopped_is_offered() -> None:
+    device = suspended(1)
+    assert device.feed(Trained(1)) == [SendOffer(1)]
+    assert device.feed(FREE) == []
+    assert device.feed(Receipted(receipt(1))) == [Forget(1)]
+
+
+def test_a_round_that_is_over_ends_a_suspended_training() -> None:
+    assert suspended(1).feed(RoundSeen(announced(2))) == [StopTraining(1)]
+    assert suspended(1).feed(Aborted(1)) == [StopTraining(1)]
+
+
+def test_in_asynchronous_mode_a_newer_version_ends_a_suspended_training_and_that_is_said() -> None:
+    device = flying(1)
+    device.feed(BARRED, seen(2, 1), VersionSeen(version(1)))
+    stop, said, activate = device.feed(Fetched(1))
+    assert (stop, activate) == (StopTraining(1), Activate(device.state.announced))
+    assert isinstance(said, SayTrainingFailed)
+    assert device.state.failures == 0
+    assert device.feed(FREE) == [CheckIn(2, 2.0)]
+
+
+def test_a_device_lets_so_many_rounds_pass_between_two_updates() -> None:
+    device = ready(0)
+    device.state = replace(device.state, every_rounds=3)
+    device.feed(RoundSeen(announced(1)), Assigned(assignment(1)), Trained(1))
+    device.feed(Receipted(receipt(1)))
+    for number in (2, 3):
+        device.feed(VersionSeen(version(number - 1)), Fetched(number - 1))
+        assert device.feed(RoundSeen(announced(number))) == []
+    device.feed(VersionSeen(version(3)), Fetched(3))
+    assert device.feed(RoundSeen(announced(4))) == [CheckIn(4, 2.0)]
+
+
+def test_a_training_that_failed_is_no_participation() -> None:
+    device = in_training(1)
+    device.state = replace(device.state, every_rounds=3)
+    device.feed(TrainingStopped(1, "no memory"), RetryDue())
+    assert device.feed(RoundSeen(announced(2))) == [CheckIn(2, 2.0)]
+
+
+def test_a_device_checks_in_for_rounds_of_its_sampling_period_only() -> None:
+    device = ready()
+    assert device.feed(RoundSeen(announced(1), sampled=False)) == []
+    assert device.feed(Disconnected(), Connected()) == []
+    assert device.feed(RoundSeen(announced(2))) == [CheckIn(2, 2.0)]
+
+
 # ---------------------------------------------------------------- versions that do not come
 
 
@@ -501,6 +619,8 @@ class AnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.device = Device()
         self.running: int | None = None
+        self.suspended: int | None = None
+        self.eligible = True
         self.finished: set[int] = set()
         self.settled: set[int] = set()
         self.assigned: set[int] = set()
@@ -518,10 +638,15 @@ class AnyOrder(RuleBasedStateMachine):
                     assert work.round not in self.finished
                     assert self.device.state.held == work.base
                     assert work.round >= self.wanted()
-                    self.running = work.round
+                    assert self.eligible
+                    self.running, self.suspended = work.round, None
+                case Suspend(work):
+                    assert not self.eligible
+                    assert self.running in (None, work.round)
+                    self.running, self.suspended = None, work.round
                 case StopTraining(number):
-                    assert self.running == number
-                    self.running = None
+                    assert number in (self.running, self.suspended)
+                    self.running = self.suspended = None
                 case SendOffer(number):
                     assert number in self.finished
                 case Forget(number):
@@ -534,6 +659,8 @@ class AnyOrder(RuleBasedStateMachine):
                     assert number not in self.assigned
                     assert self.running is None
                     assert number == self.device.state.round.round
+                    assert self.eligible
+                    assert self.device.state.sampled
                 case Rest():
                     self.rests = True
         if isinstance(event, RoundSeen) and self.running is not None:
@@ -565,12 +692,33 @@ class AnyOrder(RuleBasedStateMachine):
         phase=st.sampled_from(RoundPhase),
         behind=st.none() | st.integers(0, 3),
         share=st.sampled_from([0.1, 1.0]),
+        sampled=st.booleans(),
     )
     def round_announced(
-        self, number: int, phase: RoundPhase, behind: int | None, share: float
+        self, number: int, phase: RoundPhase, behind: int | None, share: float, sampled: bool
     ) -> None:
         oldest = None if behind is None else max(1, number - behind)
-        self.take(RoundSeen(announced(number, phase, oldest=oldest, share=share)))
+        self.take(RoundSeen(announced(number, phase, oldest=oldest, share=share), sampled))
+
+    @rule(eligible=st.booleans())
+    def eligibility_changed(self, eligible: bool) -> None:
+        self.eligible = eligible
+        self.take(EligibilityChanged(eligible))
+
+    @precondition(lambda self: self.suspended is not None)
+    @rule(done=st.booleans())
+    def time_passes_for_what_is_suspended(self, done: bool) -> None:
+        number = self.suspended
+        if done:
+            # It was at its end when it was told to stop.
+            self.finished.add(number)
+            self.suspended = None
+            self.take(Trained(number))
+        else:
+            failures = self.device.state.failures
+            self.take(Overdue(number, "not eligible"))
+            assert self.device.state.failures == failures
+            assert self.suspended is None
 
     @rule(number=numbers)
     def assigned_to_us(self, number: int) -> None:
@@ -624,6 +772,13 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.device.state.outbox == self.finished - self.settled
 
     @invariant()
+    def it_trains_only_while_the_rules_hold(self) -> None:
+        work = self.device.state.work
+        stages = {machine.Stage.TRAINING: True, machine.Stage.SUSPENDED: False}
+        if work is not None and work.stage in stages:
+            assert self.device.state.eligible == stages[work.stage]
+
+    @invariant()
     def a_device_that_is_free_has_asked_for_the_newest_round(self) -> None:
         """No order of events leaves a device idle for ever."""
         state = self.device.state
@@ -633,6 +788,7 @@ class AnyOrder(RuleBasedStateMachine):
             or not state.connected
             or state.resting
             or state.work is not None
+            or not (state.eligible and state.sampled)
             or (state.missing is not None and state.held != state.round.base)
             or max(state.checked_in, state.assigned) >= state.round.round
         )

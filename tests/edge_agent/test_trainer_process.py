@@ -284,7 +284,7 @@ def test_a_disk_that_is_full_comes_back_as_what_may_pass(device):
         assert [path.name for path in disk.folder.iterdir()] == ["update"]
 
 
-def test_cancelling_a_job_ends_its_process(endless):
+def test_a_training_that_is_cancelled_stops_and_its_process_does_the_next_job(endless):
     async def scenario():
         async with trainer() as process:
             task = await started(process, endless.train_job(ENDLESS))
@@ -292,8 +292,46 @@ def test_cancelling_a_job_ends_its_process(endless):
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
+            await process.run(CountJob(data=endless.data))
+            assert process.pid == pid
+            assert endless.leftovers() == []
+
+    asyncio.run(scenario())
+
+
+def test_jobs_that_are_cancelled_before_a_process_has_started_do_not_cost_it(endless):
+    # Else a device whose rounds are shorter than a start would start for ever.
+    async def scenario():
+        async with trainer() as process:
+            pids = set()
+            for _ in range(5):
+                task = asyncio.ensure_future(process.run(endless.train_job(ENDLESS)))
+                await asyncio.sleep(0.05)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                pids |= set(process.pids)
+            await process.run(CountJob(data=endless.data))
+            assert len(pids | set(process.pids)) == 1
+            assert endless.leftovers() == []
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_training_that_does_not_stop_is_killed(endless, monkeypatch):
+    monkeypatch.setattr("fedge.edge_agent.trainer.process.CANCEL_GRACE_S", 0.3)
+
+    async def scenario():
+        async with trainer() as process:
+            task = await started(process, endless.train_job(ENDLESS))
+            pid = process.pid
+            os.kill(pid, signal.SIGSTOP)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await process.run(CountJob(data=endless.data))
+            assert process.pid != pid
             assert not is_alive(pid)
-            assert process.pid is None
             assert endless.leftovers() == []
 
     asyncio.run(scenario())

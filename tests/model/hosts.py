@@ -29,6 +29,7 @@ from fedge.edge_agent.agent import EdgeAgent
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.engines import EngineName
 from fedge.edge_agent.outbox import Outbox
+from fedge.edge_agent.participation import ParticipationSettings
 from fedge.edge_agent.trainer.jobs import (
     Activated,
     ActivateJob,
@@ -366,6 +367,8 @@ class DeviceHost(Host):
             data=DataConfig(path=self.folder / "examples.npz"),
             trainer=SimpleNamespace(threads=1),
             storage=SimpleNamespace(cache_limit_bytes=None),
+            eligibility=None,
+            participation=ParticipationSettings(),
         )
         self.agent = EdgeAgent(
             settings,

@@ -206,13 +206,13 @@ Script = Callable[[Wire], Awaitable[None]]
 class ScriptedBroker:
     """Runs `script` for each connection, numbered from 0; at its end the connection is closed."""
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, *, port: int = 0) -> None:
         self._script = script
         self._numbers = itertools.count()
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.failures: list[BaseException] = []
-        self.port = 0
+        self.port = port
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -229,7 +229,7 @@ class ScriptedBroker:
             writer.close()
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._connected, HOST, 0)
+        self._server = await asyncio.start_server(self._connected, HOST, self.port)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 

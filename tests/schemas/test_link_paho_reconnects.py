@@ -24,6 +24,7 @@ from tests.schemas.paho_links import (
     linked,
     needs_mosquitto,
     next_of,
+    settings,
 )
 from tests.schemas.scripted_broker import ScriptedBroker, Type, Wire
 
@@ -67,6 +68,28 @@ def test_a_session_taken_over_is_told_as_such_and_not_fought_for():
             assert "Session taken over" in (await next_of(link, LinkDown)).reason
             await keep_quiet()
             assert accepted == [0]
+
+    asyncio.run(scenario())
+
+
+def test_a_link_that_waits_tries_at_once_when_it_is_told_that_the_broker_is_back(free_port):
+    class Longest(random.Random):
+        def uniform(self, a: float, b: float) -> float:
+            return b
+
+    async def script(wire: Wire) -> None:
+        await wire.accept()
+        await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        patient = settings(free_port, backoff_base_s=600, backoff_cap_s=600)
+        link = PahoLink(patient, Longest())
+        await link.start()
+        await next_of(link, LinkDown)
+        async with ScriptedBroker(script, port=free_port):
+            link.hurry()
+            await next_of(link, LinkUp)
+            await link.close()
 
     asyncio.run(scenario())
 

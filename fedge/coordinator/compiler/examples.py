@@ -11,8 +11,17 @@ from torch import Tensor
 
 from fedge.coordinator.task import Task
 from fedge.schemas.errors import ConfigError
-from fedge.schemas.features import ClassTarget, ImageFeatures, TabularFeatures, ValueTarget
+from fedge.schemas.features import (
+    ClassTarget,
+    FeatureSpec,
+    ImageFeatures,
+    NextWordTarget,
+    TabularFeatures,
+    ValueTarget,
+    WordFeatures,
+)
 from fedge.schemas.tensors import Array
+from fedge.schemas.words import PADDING, UNKNOWN
 
 MAX_GOLDEN_EXAMPLES = 8
 MAX_GOLDEN_BYTES = 256 * 1024
@@ -38,6 +47,8 @@ def random_targets(task: Task, count: int, generator: np.random.Generator) -> Ar
             return task.target.encode(generator.integers(0, classes, count))
         case ValueTarget(width=width):
             return task.target.encode(generator.standard_normal((count, width)))
+        case NextWordTarget(words=words, window=window):
+            return task.target.encode(_windows(words, window, count, generator))
 
 
 def random_batch(task: Task, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -54,12 +65,19 @@ def golden_inputs(task: Task, seed: int) -> Array:
     return inputs[:count]
 
 
-def _raw_inputs(
-    features: ImageFeatures | TabularFeatures, count: int, generator: np.random.Generator
-) -> Array:
+def _windows(words: int, window: int, count: int, generator: np.random.Generator) -> Array:
+    """Any numbers, and `PADDING` on the right."""
+    numbers = generator.integers(UNKNOWN, words, (count, window))
+    lengths = generator.integers(1, window + 1, (count, 1))
+    return np.where(np.arange(window) < lengths, numbers, PADDING)
+
+
+def _raw_inputs(features: FeatureSpec, count: int, generator: np.random.Generator) -> Array:
     match features:
         case ImageFeatures(height=height, width=width, channels=channels, raw_max=raw_max):
             return generator.uniform(0.0, raw_max, (count, height, width, channels))
         case TabularFeatures(columns=columns, mean=mean, std=std):
             raw = generator.standard_normal((count, columns))
             return raw * (1.0 if std is None else std) + (0.0 if mean is None else mean)
+        case WordFeatures(words=words, window=window):
+            return _windows(words, window, count, generator)

@@ -72,6 +72,9 @@ def inspect_model(task: Task, model: nn.Module, tracker: ModelTracker) -> Inspec
             operator=NO_OPERATOR,
             advice="Create them in __init__; a plan lists all tensors before the first step",
         )
+    with explaining(tracker), torch.no_grad(), mode_of(model, training=False):
+        answer = task.infer(model, inputs)
+        _check_output(answer, tracker)
     mutated = frozenset(
         name
         for name, buffer in model.named_buffers()
@@ -86,7 +89,7 @@ def inspect_model(task: Task, model: nn.Module, tracker: ModelTracker) -> Inspec
     return Inspection(
         layout=layout_of(model, mutated),
         output=TensorSpec(
-            name="output", dtype=_DTYPES[output.dtype], shape=(BATCH, *output.shape[1:])
+            name="output", dtype=_DTYPES[answer.dtype], shape=(BATCH, *answer.shape[1:])
         ),
         initial_weights={name: tensor.numpy() for name, tensor in initial.items()},
     )

@@ -74,7 +74,7 @@ def compile_task(task: Task) -> CompiledPlan:
     functions = {
         "train": train_function(task, model, facts.layout),
         "eval": evaluate_function(task, model, facts.layout),
-        "infer": infer_function(model, facts.layout),
+        "infer": infer_function(task, model, facts.layout),
     }
     # One trace for the three: most of the time goes into torch's exporter, whatever the size.
     whole = together(functions)
@@ -93,6 +93,7 @@ def compile_task(task: Task) -> CompiledPlan:
         check_operators(graph, tracker)
     graphs["infer"] = describe_to_applications(graphs["infer"], task)
     golden = encode_tensors({"input": golden_inputs(task, _GOLDEN_SEED)})
+    words = None if task.vocabulary is None else task.vocabulary.encode()
     manifest = PlanManifest(
         task=task.name,
         weights=tuple(
@@ -104,15 +105,19 @@ def compile_task(task: Task) -> CompiledPlan:
         target=task.target,
         output=facts.output,
         metrics=tuple(task.metrics),
+        ratios=task.ratios,
         loss_reduction=task.loss_reduction,
         padding=padding,
         defaults=task.defaults,
         graphs=Graphs(**{name: describe(data) for name, data in graphs.items()}),
         golden=describe(golden),
+        vocabulary=None if words is None else describe(words),
         opset=OPSET,
     )
     _verify(task, manifest, functions, graphs, facts)
     blobs = [*graphs.values(), golden, manifest.encode()]
+    if words is not None:
+        blobs.append(words)
     return CompiledPlan(
         manifest=manifest,
         blobs={describe(blob).sha256: blob for blob in blobs},

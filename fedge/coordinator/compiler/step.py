@@ -24,11 +24,12 @@ from torch.func import functional_call
 
 from fedge.coordinator.compiler.optimizers import apply_gradients, initial_state
 from fedge.coordinator.compiler.randomness import CounterRandomness
+from fedge.coordinator.task import forward
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fedge.coordinator.task import Task
+    from fedge.coordinator.task import Infer, Task
     from fedge.schemas.plan import StateSpec
 
 Role = Literal["parameter", "frozen", "buffer"]
@@ -166,7 +167,7 @@ def evaluate_function(task: Task, model: nn.Module, layout: Layout) -> PureFunct
 
     def evaluate(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(inputs, tensors, strict=True))
-        output = _inferred(model, layout, given)
+        output = _output(model, layout, given, forward)
         mask = given["mask"]
         measures = (task.loss, *task.metrics.values())
         return tuple((measure(output, given["target"]) * mask).sum() for measure in measures)
@@ -176,11 +177,12 @@ def evaluate_function(task: Task, model: nn.Module, layout: Layout) -> PureFunct
     return PureFunction(evaluate, inputs, outputs, frozenset({"input", "target", "mask"}))
 
 
-def infer_function(model: nn.Module, layout: Layout) -> PureFunction:
-    """The model's output in evaluation mode: the plan's `infer`."""
+def infer_function(task: Task, model: nn.Module, layout: Layout) -> PureFunction:
+    """What the model answers in evaluation mode: the plan's `infer`."""
 
     def infer(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return (_inferred(model, layout, dict(zip(inputs, tensors, strict=True))),)
+        given = dict(zip(inputs, tensors, strict=True))
+        return (_output(model, layout, given, task.infer),)
 
     inputs = (*layout.graph_names(), "input")
     return PureFunction(infer, inputs, ("output",), frozenset({"input"}))
@@ -211,11 +213,24 @@ def state_of(task: Task, model: nn.Module, layout: Layout) -> list[StateSpec]:
     )
 
 
-def _inferred(model: nn.Module, layout: Layout, given: Mapping[str, Tensor]) -> Tensor:
-    weights = {name: given[f"{prefix}.{name}"] for prefix, name, _ in layout.entries()}
+def _output(model: nn.Module, layout: Layout, given: Mapping[str, Tensor], call: Infer) -> Tensor:
+    weights = {f"model.{name}": given[f"{prefix}.{name}"] for prefix, name, _ in layout.entries()}
+    caller = _Caller(model, call)
     with torch.no_grad(), mode_of(model, training=False):
-        output: Tensor = functional_call(model, weights, (given["input"],), tie_weights=True)
+        output: Tensor = functional_call(caller, weights, (given["input"],), tie_weights=True)
     return output
+
+
+class _Caller(nn.Module):
+    """A module whose `forward` is another function of a model."""
+
+    def __init__(self, model: nn.Module, call: Infer) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.call(self.model, inputs)
 
 
 def _reduced(task: Task, losses: Tensor, mask: Tensor) -> Tensor:

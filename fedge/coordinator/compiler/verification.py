@@ -157,7 +157,7 @@ def verify_evaluation(
         inputs, targets = random_batch(task, rows, seed=rows)
         mask = (torch.arange(rows) < count).to(torch.float32)
         with torch.no_grad():
-            output = model(inputs)
+            output, answer = model(inputs), task.infer(model, inputs)
             measures = [task.loss, *task.metrics.values()]
             expected = [measure(output, targets)[:count].sum().item() for measure in measures]
         batch = {"input": inputs.numpy(), "target": targets.numpy(), "mask": mask.numpy()}
@@ -165,7 +165,7 @@ def verify_evaluation(
         for name, have, want in zip(("loss", *manifest.metrics), sums, expected, strict=True):
             _compare(f"eval {name}", np.asarray(have), np.asarray(want))
         (predicted,) = predict.run(None, {"input": inputs.numpy()})
-        _compare("infer output", predicted, output.numpy())
+        _compare("infer output", predicted, answer.numpy())
 
 
 def _batches(task: Task, padding: Padding, examples: int) -> list[_Batch]:
@@ -204,7 +204,8 @@ def _objective(
 ) -> tuple[Tensor, list[Tensor]]:
     """(loss, sums of the metrics) over the rows that count."""
     targets = batch.targets.to(dtype) if batch.targets.is_floating_point() else batch.targets
-    output = model(batch.inputs.to(dtype))
+    inputs = batch.inputs.to(dtype) if batch.inputs.is_floating_point() else batch.inputs
+    output = model(inputs)
     losses = task.loss(output, targets)[: batch.rows]
     loss = losses.sum() if task.loss_reduction == "sum" else losses.mean()
     with torch.no_grad():

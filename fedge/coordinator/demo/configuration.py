@@ -13,7 +13,7 @@ from fedge.coordinator.demo.examples import TEST_FILE
 from fedge.coordinator.demo.experiment import Experiment
 
 POPULATION = "demo"
-STATE, EXAMPLES = "state", "examples.npz"
+STATE, EXAMPLES, TEXTS = "state", "examples.npz", "texts.jsonl"
 
 
 def coordinator_settings(experiment: Experiment, broker: DemoBroker) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def coordinator_settings(experiment: Experiment, broker: DemoBroker) -> dict[str
     }
 
 
-def device_settings(device: str, broker: DemoBroker) -> dict[str, Any]:
+def device_settings(experiment: Experiment, device: str, broker: DemoBroker) -> dict[str, Any]:
     """`agent.toml` of one device. It names the device's own examples only."""
     return {
         "population": POPULATION,
@@ -51,7 +51,7 @@ def device_settings(device: str, broker: DemoBroker) -> dict[str, Any]:
         "state_dir": STATE,
         "log_format": "json",
         "broker": _broker(broker),
-        "data": {"path": EXAMPLES},
+        "data": {"path": TEXTS if experiment.source == "texts" else EXAMPLES},
     }
 
 

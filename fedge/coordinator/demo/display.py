@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedge.coordinator.demo.progress import Event, Progress, sentence
+from fedge.schemas.measures import measure_text
 
 RECENT_VERSIONS = 12
 MAX_DEVICES = 16
@@ -178,6 +179,6 @@ def _versions(progress: Progress) -> Table:
         table.add_column(f"test {name}", justify="right")
     for number in sorted(progress.metrics)[-RECENT_VERSIONS:]:
         found = progress.metrics[number]
-        cells = (f"{found[n]:.2%}" if n == "accuracy" else f"{found[n]:.4f}" for n in names)
+        cells = (measure_text(name, found[name]) for name in names)
         table.add_row(str(number), *cells)
     return table

@@ -13,8 +13,12 @@ import numpy as np
 
 from fedge.coordinator.datasets import Examples, load_dataset
 from fedge.coordinator.demo.experiment import Experiment
+from fedge.coordinator.demo.texts import Typist, typists, windows_of
+from fedge.coordinator.task import Task
 from fedge.coordinator.testset import load_test_set
 from fedge.schemas.errors import ConfigError
+from fedge.schemas.features import WordFeatures
+from fedge.schemas.words import WordEncoder
 
 TRAIN_FILE, TEST_FILE = "train.npz", "test.npz"
 _HELD_OUT = 0.2
@@ -24,6 +28,10 @@ def load_examples(experiment: Experiment) -> tuple[Examples, Examples]:
     """The training and the test examples. Raises `ConfigError` saying what is missing or wrong."""
     if experiment.source == "files":
         train, test = _from_files(experiment)
+    elif experiment.source == "texts":
+        people, encoder = typists_of(experiment), encoder_of(experiment.task)
+        train = windows_of(encoder, (text for one in people for text in one.train))
+        test = windows_of(encoder, (text for one in people for text in one.test))
     else:
         train, test = load_dataset(
             experiment.source,
@@ -31,6 +39,18 @@ def load_examples(experiment: Experiment) -> tuple[Examples, Examples]:
             experiment.task.simulation.examples,
         )
     return train.first(experiment.train_examples), test.first(experiment.test_examples)
+
+
+def typists_of(experiment: Experiment) -> list[Typist]:
+    """Who types on which device, in the order of the devices. Raises `ConfigError`."""
+    return typists(experiment.data, len(experiment.devices))
+
+
+def encoder_of(task: Task) -> WordEncoder:
+    """What makes examples of text for a task of words. Raises `ConfigError` for another."""
+    if task.vocabulary is None or not isinstance(task.features, WordFeatures):
+        raise ConfigError(f"the task {task.name!r} is not about words")
+    return WordEncoder(task.vocabulary, task.features.window)
 
 
 def default_data_dir() -> Path:

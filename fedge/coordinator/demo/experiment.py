@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from fedge.coordinator.rounds import Strategy
-from fedge.coordinator.task import Task, load_task
+from fedge.coordinator.task import SimulationDefaults, Task, load_task
 from fedge.schemas.errors import ConfigError
+from fedge.schemas.features import WordFeatures
 from fedge.schemas.split_schemes import parse_scheme
 
 
@@ -34,7 +35,9 @@ class Wishes:
     central: bool = True
 
 
-Source = Literal["sklearn-digits", "mnist", "inline", "files"]
+Source = Literal["sklearn-digits", "mnist", "inline", "files", "texts"]
+USERS = "users"
+"""How texts are divided: by who typed them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +84,7 @@ def resolve(wishes: Wishes) -> Experiment:
     reference = _absolute(wishes.task)
     task = load_task(reference)
     simulation, defaults = task.simulation, task.defaults
-    source: Source = simulation.data or "files"
-    if wishes.data is not None and source != "mnist":
-        source = "files"
+    source = _source(task, wishes)
     if source == "files" and wishes.data is None:
         raise ConfigError(
             f"the task {task.name!r} names no data: give --data, a folder with train.npz and "
@@ -100,7 +101,7 @@ def resolve(wishes: Wishes) -> Experiment:
         data=wishes.data,
         devices=device_names(count),
         rounds=wishes.rounds or simulation.rounds,
-        split=_split(wishes, simulation.split, simulation.devices, count),
+        split=USERS if source == "texts" else _split(wishes, simulation, count),
         strategy=wishes.strategy or Strategy(simulation.strategy),
         train_examples=wishes.train_examples or simulation.train_examples,
         test_examples=simulation.test_examples,
@@ -118,7 +119,24 @@ def device_names(count: int) -> tuple[str, ...]:
     return tuple(f"device-{number:0{width}}" for number in range(1, count + 1))
 
 
-def _split(wishes: Wishes, own: str, own_devices: int, count: int) -> str:
+def _source(task: Task, wishes: Wishes) -> Source:
+    named = task.simulation.data
+    if isinstance(task.features, WordFeatures):
+        if named != "python-topics" and wishes.data is None:
+            raise ConfigError(
+                f"the task {task.name!r} names no texts: give --data, a .jsonl file of "
+                '{"user": …, "text": …} lines'
+            )
+        if wishes.split is not None:
+            raise ConfigError("texts are divided by who typed them: --split does not apply")
+        return "texts"
+    if named is None or named == "python-topics" or (wishes.data is not None and named != "mnist"):
+        return "files"
+    return named
+
+
+def _split(wishes: Wishes, simulation: SimulationDefaults, count: int) -> str:
+    own, own_devices = simulation.split, simulation.devices
     if wishes.split is not None:
         return str(parse_scheme(wishes.split))
     if own.startswith("weighted:") and count != own_devices:

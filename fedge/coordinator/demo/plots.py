@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from fedge.coordinator.demo.summary import DeviceCurve, Summary, pictures
+from fedge.schemas.measures import is_share
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
 PALETTE = (BLUE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", ORANGE, "#F0E442", "#000000")
@@ -63,10 +64,11 @@ def _accuracy(axes: Axes, summary: Summary) -> None:
     name = summary.metric or "accuracy"
     _by_version(axes, summary, name)
     axes.set_title(f"Test {name} by round")
-    if name == "accuracy":
-        axes.set_ylabel("test accuracy (%)")
+    if is_share(name):
+        axes.set_ylabel(f"test {name} (%)")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=""))
-        axes.set_ylim(top=1.005)
+        if name == "accuracy":
+            axes.set_ylim(top=1.005)
     else:
         axes.set_ylabel(f"test {name}")
         _log_scale_if_wide(axes, [line.metrics.get(name, 0.0) for line in summary.versions])

@@ -1,7 +1,7 @@
 """Predictions made by devices: each one runs `fedge-agent predict` on its own state, offline.
 
 The examples come from the test set, which no device has: an image becomes a PNG file, a row of a
-table its numbers.
+table its numbers, a window of words what was typed before its last word.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from PIL import Image
 from fedge.coordinator.datasets import Examples
 from fedge.coordinator.demo.programs import Programs
 from fedge.coordinator.task import Task
-from fedge.schemas.features import ClassTarget, ImageFeatures
+from fedge.schemas.features import ClassTarget, ImageFeatures, NextWordTarget
 from fedge.schemas.tensors import Array
+from fedge.schemas.words import FIRST_WORD, PADDING, START, Vocabulary
 
 COUNT = 10
 AT_ONCE = 2
@@ -55,6 +56,12 @@ class Answer:
 
 def choose_rows(task: Task, test: Examples) -> list[int]:
     """Up to `COUNT` rows of the test set: the first of each class, in class order, then others."""
+    if isinstance(task.target, NextWordTarget):
+        # Of the longest, the last word of which could be suggested.
+        lengths = (np.asarray(test.y) != PADDING).sum(axis=1)
+        last = np.asarray(test.y)[np.arange(len(test)), np.maximum(lengths, 1) - 1]
+        order = np.argsort(-lengths, kind="stable")
+        return [int(row) for row in order if last[row] >= FIRST_WORD][:COUNT]
     if not isinstance(task.target, ClassTarget):
         return list(range(min(COUNT, len(test))))
     firsts = [int(row) for row in np.unique(task.target.encode(test.y), return_index=True)[1]]
@@ -103,6 +110,8 @@ def image_of(task: Task, raw: Array) -> Image.Image | None:
 
 
 def _example(task: Task, raw: Array, path: Path) -> str:
+    if task.vocabulary is not None:
+        return "".join(f"{_word(task.vocabulary, n)} " for n in raw if n not in (PADDING, START))
     image = image_of(task, raw)
     if image is None:
         return ",".join(repr(float(value)) for value in np.asarray(raw).reshape(-1))
@@ -112,14 +121,24 @@ def _example(task: Task, raw: Array, path: Path) -> str:
 
 def _truth(task: Task, raw: Array) -> str:
     target = task.target
+    if task.vocabulary is not None:
+        return _word(task.vocabulary, int(raw[raw != PADDING][-1]))
     if isinstance(target, ClassTarget):
         index = int(np.asarray(raw).reshape(()))
         return target.labels[index] if target.labels else str(index)
     return ", ".join(f"{float(value):.4g}" for value in np.asarray(raw).reshape(-1))
 
 
+def _word(vocabulary: Vocabulary, number: int) -> str:
+    # Digits are in no vocabulary: the device reads an unknown word, as it was.
+    return vocabulary.word(int(number)) or "0"
+
+
 def _answer(question: Question, device: str, said: str) -> Answer:
     found = json.loads(said)
+    if "words" in found:
+        first = found["words"][0]
+        return Answer(question, device, found["version"], first["word"], first["probability"])
     if "values" in found:
         predicted = ", ".join(f"{value:.4g}" for value in found["values"])
         return Answer(question, device, found["version"], predicted, None)

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedge.schemas.measures import measure_text
+
 Event = Mapping[str, Any]
 
 COORDINATOR, CENTRAL, BROKER = "coordinator", "central", "broker"
@@ -145,8 +147,7 @@ def sentence(source: str, event: Event) -> str | None:  # noqa: PLR0911 -- as ab
             )
         case "coordinator", "version_evaluated":
             numbers = "  ".join(
-                f"{name} {value:.2%}" if name == "accuracy" else f"{name} {value:.4f}"
-                for name, value in _metrics(event).items()
+                f"{name} {measure_text(name, value)}" for name, value in _metrics(event).items()
             )
             return f"version {event['version']:<2} {numbers}"
         case "coordinator", "round_abandoned":

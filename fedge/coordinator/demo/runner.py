@@ -21,6 +21,7 @@ from fedge.coordinator.demo.brokers import BrokerChoice, DemoBroker, choose_brok
 from fedge.coordinator.demo.configuration import (
     EXAMPLES,
     STATE,
+    TEXTS,
     coordinator_settings,
     device_settings,
     write_toml,
@@ -28,7 +29,7 @@ from fedge.coordinator.demo.configuration import (
 from fedge.coordinator.demo.counters import BrokerBytes, broker_bytes
 from fedge.coordinator.demo.display import Display
 from fedge.coordinator.demo.errors import DemoFailed, ProgramEnded
-from fedge.coordinator.demo.examples import TEST_FILE, TRAIN_FILE, write_examples
+from fedge.coordinator.demo.examples import TEST_FILE, TRAIN_FILE, typists_of, write_examples
 from fedge.coordinator.demo.experiment import Experiment
 from fedge.coordinator.demo.folder import DemoFolder
 from fedge.coordinator.demo.plots import draw_report
@@ -43,6 +44,7 @@ from fedge.coordinator.demo.summary import (
     device_curves,
     version_lines,
 )
+from fedge.coordinator.demo.texts import write_texts
 from fedge.coordinator.store import Store, VersionRecord
 from fedge.schemas.errors import ConfigError
 from fedge.schemas.ids import sha256
@@ -115,7 +117,10 @@ class DemoRun:
         await programs.start(BROKER, broker.command, ready=broker.ready)
         await self._start_coordinator(programs, broker)
         await asyncio.to_thread(write_examples, train, data / TRAIN_FILE)
-        await self._split(programs)
+        if self._experiment.source == "texts":
+            await asyncio.to_thread(self._hand_out_texts)
+        else:
+            await self._split(programs)
         for device in self._experiment.devices:
             await self._start_device(programs, device, broker)
         central = await self._start_central(programs) if self._experiment.central else None
@@ -141,6 +146,11 @@ class DemoRun:
         )
         await programs.start(COORDINATOR, (*_COORDINATOR, "serve", "--config", str(config)))
 
+    def _hand_out_texts(self) -> None:
+        people = typists_of(self._experiment)
+        for device, one in zip(self._experiment.devices, people, strict=True):
+            write_texts(one.train, self._folder.device(device) / TEXTS)
+
     async def _split(self, programs: Programs) -> None:
         experiment, parts = self._experiment, self._folder.data / "parts"
         options = {
@@ -162,7 +172,7 @@ class DemoRun:
         parts.rmdir()
 
     async def _start_device(self, programs: Programs, device: str, broker: DemoBroker) -> None:
-        config = write_toml(self._config(device), device_settings(device, broker))
+        config = write_toml(self._config(device), device_settings(self._experiment, device, broker))
         await programs.start(device, (*_AGENT, "run", "--config", str(config)))
 
     async def _start_central(self, programs: Programs) -> Program:

@@ -102,10 +102,15 @@ class Summary:
     notice: str | None = field(default=None)
 
     @property
-    def metric(self) -> str | None:
-        """The metric to show first: accuracy, or any other than the loss, None without one."""
+    def measures(self) -> list[str]:
+        """What was measured beside the loss, accuracy first."""
         names = [name for name in self.versions[-1].metrics if name != "loss"]
-        return "accuracy" if "accuracy" in names else next(iter(names), None)
+        return sorted(names, key=lambda name: name != "accuracy")
+
+    @property
+    def metric(self) -> str | None:
+        """The one to show first, None without one."""
+        return next(iter(self.measures), None)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; the loss by batch, which is long, stays in the coordinator's store."""

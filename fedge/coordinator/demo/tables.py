@@ -9,6 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fedge.coordinator.demo.summary import Summary
+from fedge.schemas.measures import measure_text
+
+TYPED_CHARACTERS = 40
+"""Of what was typed, the end that a table shows."""
 
 
 def show(summary: Summary, console: Console) -> None:
@@ -34,7 +38,8 @@ def show(summary: Summary, console: Console) -> None:
 
 
 def _versions(summary: Summary) -> Table:
-    names = [name for name in (summary.metric, "loss") if name is not None]
+    # Eight columns are what a narrow terminal shows.
+    names = [*summary.measures, "loss"][:3]
     with_central = summary.central_epochs is not None
     table = _table()
     table.add_column("version", justify="right")
@@ -93,7 +98,11 @@ def _predictions(summary: Summary) -> Table:
 def _shown(example: str) -> str:
     if example.endswith(".png"):
         return Path(example).name
-    return ", ".join(f"{float(number):.3g}" for number in example.split(","))
+    try:
+        return ", ".join(f"{float(number):.3g}" for number in example.split(","))
+    except ValueError:
+        # What was typed: the end of it is what the next word follows.
+        return f"… {example[-TYPED_CHARACTERS:].strip()}"
 
 
 def _places(summary: Summary) -> Table:
@@ -117,7 +126,7 @@ def _closing(summary: Summary) -> str:
 def _number(metrics: Mapping[str, float] | None, name: str) -> str:
     if metrics is None or name not in metrics:
         return "-"
-    return f"{metrics[name]:.2%}" if name == "accuracy" else f"{metrics[name]:.4f}"
+    return measure_text(name, metrics[name])
 
 
 def _table() -> Table:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from fedge.coordinator.store.ownership import mark_folder, owners_of
 from fedge.schemas.blob_files import BlobDirectory
 from fedge.schemas.errors import StoreError
 from fedge.schemas.ids import Digest, sha256
@@ -40,6 +41,20 @@ class Blobs(BlobDirectory):
 
         For what another process has written into the folder. Here it is safe already.
         """
+
+    def belong_to(self, owner: str, named: Callable[[], Iterable[Digest]]) -> None:
+        """Marks the folder as the state's whose mark is `owner`, and nobody else's.
+
+        Whether it may have the folder was decided before: see `ownership`. `named`: what that state
+        names.
+        """
+        if owners_of(self.folder) != (owner,):
+            mark_folder(self.folder, (owner,))
+
+    def may_belong_to(self, owner: str | None) -> bool:
+        """Whether the folder has no mark, or the mark `owner`."""
+        marked = owners_of(self.folder)
+        return not marked or owner in marked
 
     def discard(self, digest: Digest, *, keep_after: float | None = None) -> int:
         """Deletes a blob that nobody names, and returns its size in bytes.

@@ -82,8 +82,9 @@ class Database:
             self.engine = create_engine(parsed, **self._backend.engine_options)
         except (NoSuchModuleError, ModuleNotFoundError) as error:
             raise ConfigError(
-                f"the database's driver is not installed: {error}; for PostgreSQL install "
-                "'fedge[coordinator,postgresql]' and write postgresql+psycopg://…"
+                f"the database's driver is not installed: {error}; for PostgreSQL "
+                "pip install 'fedge[coordinator,postgresql]', or in a checkout "
+                "pip install '.[postgresql]', and write postgresql+psycopg://…"
             ) from error
         self._backend.prepare(self.engine)
         try:
@@ -142,7 +143,9 @@ class Database:
             if revision not in (None, schema.HEAD):
                 schema.check_known(connection, revision)
         if revision is None and not create:
-            raise ConfigError(f"{self.engine.url!r} holds no coordinator state")
+            raise ConfigError(
+                f"{self.engine.url!r} holds no coordinator state: start `fedge serve` first"
+            )
         if revision is not None and revision != schema.HEAD and not create:
             raise ConfigError(
                 f"{self.engine.url!r} has schema {revision}, this release reads {schema.HEAD}: "

@@ -7,45 +7,35 @@ only deleted when it is old. While a backup is being made, no file is deleted at
 
 from __future__ import annotations
 
-import json
-import secrets
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Select,
-    Text,
     delete,
     false,
-    insert,
     select,
     true,
-    type_coerce,
     update,
 )
 
 from fedge.coordinator.store.blobs import Blobs
 from fedge.coordinator.store.database import Database
-from fedge.coordinator.store.queries import UNANSWERED
+from fedge.coordinator.store.ownership import give_owner, owner_in
+from fedge.coordinator.store.queries import UNANSWERED, digests_of, files_of_versions
 from fedge.coordinator.store.records import Collected, Retention
 from fedge.coordinator.store.rows import AnyRow
 from fedge.coordinator.store.tables import (
     devices,
-    facts,
     participants,
     plans,
     refusals,
     rounds,
     versions,
 )
-from fedge.schemas.errors import FedgeError
+from fedge.schemas.errors import FedgeError, StoreError
 from fedge.schemas.ids import Digest
 from fedge.schemas.plan import PlanManifest
-
-if TYPE_CHECKING:
-    from fedge.coordinator.store.remote_blobs import RemoteBlobs
 
 LEFTOVER_AGE_S = 3600.0
 """A file that no row names is left alone for so long, and looked for as seldom."""
@@ -64,13 +54,19 @@ class Housekeeping:
     def collect(self, retention: Retention, *, now: float) -> Collected:
         """Deletes what `retention` wants kept no longer, and leftovers of a crash.
 
-        `now`: seconds since the epoch. Not for two threads at a time.
+        `now`: seconds since the epoch. Not for two threads at a time. Raises `StoreError`, and
+        deletes no file, if another state has taken over where they lie.
         """
         forgotten = self._forget_rounds(retention)
         devices_gone = self._forget_devices(retention, now)
         with self._database.collecting() as free:
             if not free:
                 return Collected(rounds=forgotten, devices=devices_gone, postponed=True)
+            if not self.owns_its_blobs():
+                raise StoreError(
+                    "the files of this state are marked as another one's, and none was deleted: "
+                    "stop one of the two coordinators"
+                )
             numbers, doomed = self._give_up_files(retention)
             sizes = [self.blobs.discard(digest) for digest in doomed]
             if self._sweep_is_due(now):
@@ -110,29 +106,35 @@ class Housekeeping:
         Raises `FedgeError` if a plan cannot be read, and with it what it names.
         """
         with self._database.read() as connection:
-            rows = connection.execute(_files_of_versions().where(versions.c.files_kept == true()))
+            rows = connection.execute(files_of_versions().where(versions.c.files_kept == true()))
             named = {
                 digest: f"{part} of version {row.number}"
                 for row in rows
-                for part, digest in _digests(row)
+                for part, digest in digests_of(row)
             }
             known_plans = connection.scalars(select(plans.c.sha256)).all()
         for plan in known_plans:
             named |= plan_digests(PlanManifest.decode(self.blobs.read(plan)), plan)
         return named
 
-    def own(self, place: RemoteBlobs) -> None:
-        """Marks a place of blobs as this state's, which deletes there what it does not name.
+    def own(self) -> None:
+        """Marks where the blobs lie as this state's, which deletes there what it does not name.
 
-        Raises `ConfigError` if the place is another state's.
+        Raises `ConfigError` if another place for them is another state's.
         """
-        with self._database.read() as connection:
-            owner = connection.scalar(select(facts.c.value).where(facts.c.name == "blobs_owner"))
+        owner = self._owner()
         if owner is None:
-            owner = secrets.token_hex(16)
             with self._database.write() as connection:
-                connection.execute(insert(facts).values(name="blobs_owner", value=owner))
-        place.belong_to(owner, self.named_blobs)
+                owner = owner_in(connection) or give_owner(connection)
+        self.blobs.belong_to(owner, self.named_blobs)
+
+    def owns_its_blobs(self) -> bool:
+        """False if where the blobs lie is marked as another state's."""
+        return self.blobs.may_belong_to(self._owner())
+
+    def _owner(self) -> str | None:
+        with self._database.read() as connection:
+            return owner_in(connection)
 
     def _unnamed(self) -> Iterator[Digest]:
         present = list(self.blobs.digests())
@@ -185,8 +187,10 @@ class Housekeeping:
 def plan_digests(manifest: PlanManifest, plan: Digest) -> dict[Digest, str]:
     """Every blob of a plan, and what it is, for people. `plan`: the manifest's own digest."""
     graphs = manifest.graphs
+    words = {} if manifest.vocabulary is None else {manifest.vocabulary.sha256: "vocabulary"}
     return {
         plan: "plan",
+        **words,
         graphs.train.sha256: "train graph",
         graphs.eval.sha256: "eval graph",
         graphs.infer.sha256: "infer graph",
@@ -204,7 +208,7 @@ def _overdue_versions(
     oldest_kept = connection.scalar(newest.offset(retention.versions - 1).limit(1))
     if oldest_kept is None:
         return [], set()
-    kept = _files_of_versions().where(versions.c.files_kept == true())
+    kept = files_of_versions().where(versions.c.files_kept == true())
     old = connection.execute(
         kept.where(versions.c.number < oldest_kept).order_by(versions.c.number)
     ).all()
@@ -245,22 +249,5 @@ def _unseen(retention: Retention, now: float) -> ColumnElement[bool]:
     return (devices.c.online == false()) & (devices.c.last_seen_at < now - days * DAY_S)
 
 
-def _files_of_versions() -> Select[*tuple[Any, ...]]:
-    # The digest is read out of the text: a table of many versions is not parsed field by field.
-    return select(
-        versions.c.number,
-        type_coerce(versions.c.weights, Text).label("weights"),
-        type_coerce(versions.c.golden, Text).label("golden"),
-        versions.c.server_state,
-    )
-
-
-def _digests(row: AnyRow) -> Iterator[tuple[str, Digest]]:
-    yield "weights", json.loads(row.weights)["sha256"]
-    yield "golden outputs", json.loads(row.golden)["sha256"]
-    if row.server_state is not None:
-        yield "server optimizer's state", row.server_state
-
-
 def _all_digests(rows: Iterable[AnyRow]) -> set[Digest]:
-    return {digest for row in rows for _, digest in _digests(row)}
+    return {digest for row in rows for _, digest in digests_of(row)}

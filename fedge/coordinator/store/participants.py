@@ -15,6 +15,7 @@ from fedge.coordinator.store.database import Database
 from fedge.coordinator.store.queries import (
     UNANSWERED,
     become_silent,
+    counted_in,
     decide,
     participant_row,
     participants_in,
@@ -154,14 +155,8 @@ class Participants:
 
     def accepted_in(self, round_number: int) -> tuple[ParticipantRecord, ...]:
         """Whose updates count in the version of that round, by device, then by asking round."""
-        statement = select(participants).where(
-            participants.c.counted_in == round_number,
-            participants.c.status == ParticipantStatus.ACCEPTED,
-        )
         with self._database.read() as connection:
-            found = [participant_of(row) for row in connection.execute(statement)]
-        # By Python, since databases differ in how they order text, and sums in how they round.
-        return tuple(sorted(found, key=lambda one: (one.device, one.round)))
+            return counted_in(connection, round_number)
 
     def in_flight(self) -> tuple[ParticipantRecord, ...]:
         """Who was asked in asynchronous rounds and has not answered, by round, then by device."""

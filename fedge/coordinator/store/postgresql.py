@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from sqlalchemy import URL, Connection, Engine, RootTransaction, text, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -131,7 +131,7 @@ class PostgreSql:
         """Takes the lock of the one that serves. Raises `ConfigError` if another has it."""
         if not self._take_serving_lock(engine):
             raise ConfigError(
-                f"another coordinator serves {engine.url!r}; stop it, or name another database"
+                f"a coordinator serves {engine.url!r} already; stop it, or name another database"
             )
 
     def begin_term(self, engine: Engine) -> None:
@@ -239,6 +239,9 @@ def _on_its_own(engine: Engine) -> Iterator[Connection]:
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.detach()
         yield connection
+        # The server notices the end of a connection in its own time.
+        with suppress(DBAPIError):
+            connection.execute(text("SELECT pg_advisory_unlock_all()"))
 
 
 def _in_a_line(error: DBAPIError) -> str:

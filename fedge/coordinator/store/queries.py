@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, Row, select, update
+from sqlalchemy import Connection, Row, Select, Text, select, type_coerce, update
 
 from fedge.coordinator.store.records import (
     ASYNC,
@@ -16,9 +17,10 @@ from fedge.coordinator.store.records import (
     RefusalRecord,
     VersionRecord,
 )
-from fedge.coordinator.store.rows import participant_of, refusal_of, version_of
+from fedge.coordinator.store.rows import AnyRow, participant_of, refusal_of, version_of
 from fedge.coordinator.store.tables import facts, participants, refusals, rounds, versions
 from fedge.schemas.errors import PeerError, RejectReason, StoreError
+from fedge.schemas.ids import Digest
 from fedge.schemas.messages import RoundPhase
 
 UNANSWERED = (ParticipantStatus.ASKED.value, ParticipantStatus.OFFERED.value)
@@ -38,12 +40,42 @@ def version_numbered(connection: Connection, number: int) -> VersionRecord | Non
     return None if row is None else version_of(row)
 
 
+def files_of_versions() -> Select[*tuple[Any, ...]]:
+    """The number of each version, and what `digests_of` needs."""
+    # The digest is read out of the text: a table of many versions is not parsed field by field.
+    return select(
+        versions.c.number,
+        type_coerce(versions.c.weights, Text).label("weights"),
+        type_coerce(versions.c.golden, Text).label("golden"),
+        versions.c.server_state,
+    )
+
+
+def digests_of(row: AnyRow) -> Iterator[tuple[str, Digest]]:
+    """The files of a row of `files_of_versions`: what each is, for people, and its digest."""
+    yield "weights", json.loads(row.weights)["sha256"]
+    yield "golden outputs", json.loads(row.golden)["sha256"]
+    if row.server_state is not None:
+        yield "server optimizer's state", row.server_state
+
+
 def participants_in(connection: Connection, round_number: int) -> tuple[ParticipantRecord, ...]:
     """The devices of a round, in name order."""
     statement = select(participants).where(participants.c.round == round_number)
     found = [participant_of(row) for row in connection.execute(statement)]
     # By Python: databases differ in how they order text.
     return tuple(sorted(found, key=lambda one: one.device))
+
+
+def counted_in(connection: Connection, round_number: int) -> tuple[ParticipantRecord, ...]:
+    """Whose updates count in the version of a round, by device, then by asking round."""
+    statement = select(participants).where(
+        participants.c.counted_in == round_number,
+        participants.c.status == ParticipantStatus.ACCEPTED,
+    )
+    found = [participant_of(row) for row in connection.execute(statement)]
+    # By Python, since databases differ in how they order text, and sums in how they round.
+    return tuple(sorted(found, key=lambda one: (one.device, one.round)))
 
 
 def participant_row(connection: Connection, round_number: int, device: str) -> Row[Any] | None:

@@ -193,10 +193,16 @@ class DeviceRecord:
 
 @dataclass(frozen=True, slots=True)
 class RoundReport:
-    """Everything kept about one round; participants in name order."""
+    """Everything kept about one round.
+
+    `participants`: who was asked in it, by name. `counted`: whose updates count in its version; in
+    asynchronous mode some of them were asked in earlier rounds, and some who were asked are not
+    among them.
+    """
 
     round: RoundRecord
     participants: tuple[ParticipantRecord, ...]
+    counted: tuple[ParticipantRecord, ...]
     refusals: tuple[RefusalRecord, ...]
     version: VersionRecord | None
 

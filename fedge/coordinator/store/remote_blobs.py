@@ -19,12 +19,10 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from fedge.coordinator.store.blobs import Blobs
+from fedge.coordinator.store.ownership import OWNER, mark_folder, mark_of, parse_mark
 from fedge.schemas.blob_files import BlobDirectory
 from fedge.schemas.errors import ConfigError, StoreError, StoreUnavailable
 from fedge.schemas.ids import Digest, sha256
-
-OWNER = "owner"
-"""The object that says whose blobs these are."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -116,31 +114,49 @@ class RemoteBlobs(Blobs):
             if self._cache.has(digest) and not self.has(digest):
                 self._send(digest, self._cache.read(digest))
 
-    def owner(self) -> str | None:
-        """The mark of the state whose blobs these are, None if nobody has put one."""
+    def owners(self) -> tuple[str, ...]:
+        """The marks in the other place; none if nobody has put one."""
         try:
             with self._reaching("read whose blobs these are"):
                 mark: bytes = self._place.cat_file(f"{self._root}/{OWNER}")
         except _Missing:
-            return None
-        return mark.decode(errors="replace")
+            return ()
+        return parse_mark(mark)
+
+    def mark(self, owners: Iterable[str]) -> None:
+        """Says whose blobs lie in the other place."""
+        with self._reaching("write whose blobs these are"):
+            if self._synced is not None:
+                mark_folder(self._synced.folder, owners)
+            else:
+                self._place.pipe_file(f"{self._root}/{OWNER}", mark_of(owners))
 
     def belong_to(self, owner: str, named: Callable[[], Iterable[Digest]]) -> None:
-        """Marks the other place as this state's; the first time, copies there what lies here.
+        """Marks both as this state's; the first time, copies to the other place what lies here.
 
-        Raises `ConfigError` if it belongs to another state, whose blobs this one would take for
-        leftovers.
+        Raises `ConfigError` if the other place belongs to another state, whose blobs this one would
+        take for leftovers.
         """
-        found = self.owner()
-        if found is None:
+        found = self.owners()
+        if not found:
             self.secure(named())
-            with self._reaching("write whose blobs these are"):
-                self._place.pipe_file(f"{self._root}/{OWNER}", owner.encode())
-        elif found != owner:
-            raise ConfigError(
-                f"[store] blobs = {self.url!r} belongs to another coordinator's state: name a "
-                "folder of its own"
-            )
+        elif owner not in found:
+            raise self.is_of_another()
+        if found != (owner,):
+            self.mark((owner,))
+        super().belong_to(owner, named)
+
+    def may_belong_to(self, owner: str | None) -> bool:
+        """Whether neither the other place nor the folder here has another state's mark."""
+        found = self.owners()
+        return (not found or owner in found) and super().may_belong_to(owner)
+
+    def is_of_another(self) -> ConfigError:
+        """The error for whoever names a place that has another state's mark."""
+        return ConfigError(
+            f"[store] blobs = {self.url!r} belongs to another coordinator's state: name a folder "
+            "of its own"
+        )
 
     def _keep(self, data: bytes) -> None:
         self._cache.put(data)

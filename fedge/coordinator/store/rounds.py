@@ -7,6 +7,7 @@ from sqlalchemy import insert, select
 from fedge.coordinator.store.database import Database
 from fedge.coordinator.store.queries import (
     close_round,
+    counted_in,
     participants_in,
     refusals_in,
     version_numbered,
@@ -68,6 +69,7 @@ class Rounds:
             return RoundReport(
                 round=record,
                 participants=participants_in(connection, round_number),
+                counted=counted_in(connection, round_number),
                 refusals=refusals_in(connection, round_number),
                 version=made,
             )

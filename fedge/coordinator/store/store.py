@@ -17,6 +17,7 @@ from fedge.coordinator.store.database import Database, sqlite_file, sqlite_url
 from fedge.coordinator.store.devices import Devices
 from fedge.coordinator.store.housekeeping import Housekeeping
 from fedge.coordinator.store.notes import Notes
+from fedge.coordinator.store.ownership import check_folder
 from fedge.coordinator.store.participants import Participants
 from fedge.coordinator.store.retained import Retained
 from fedge.coordinator.store.rounds import Rounds
@@ -55,20 +56,25 @@ class Store(Versions, Rounds, Participants, Devices, Retained, Notes, Housekeepi
         `create`: make the folder and the tables if they are missing, and bring older tables up to
         date. `serve`: hold the locks of the one process that runs rounds; commands that look need
         not. Raises `ConfigError` if there is no state and `create` is False, if another process
-        serves it, if it is of another release, or if a URL cannot be used; `StoreError` if the
-        database or the other place refused.
+        serves it, if the files in the folder or the other place are another state's, if it is of
+        another release, or if a URL cannot be used; `StoreError` if the database or the other place
+        refused.
         """
         url = url or sqlite_url(state_dir)
         database_file = sqlite_file(url)
         if create:
             _make_folder(state_dir)
         elif not (database_file or state_dir).exists():
-            raise ConfigError(f"there is no coordinator state in {state_dir}")
+            raise ConfigError(
+                f"there is no coordinator state in {state_dir.resolve()}: start `fedge serve` first"
+            )
         with ExitStack() as undo:
             lock = None
             if serve:
                 lock = StateLock(state_dir, "coordinator")
                 undo.callback(lock.release)
+                # Before there are tables: a database that may not serve here stays empty.
+                check_folder(state_dir, state_dir / BLOBS_FOLDER, url)
             database = Database(url, create=create, serve=serve)
             undo.callback(database.close)
             folder = state_dir / BLOBS_FOLDER
@@ -80,10 +86,9 @@ class Store(Versions, Rounds, Participants, Devices, Retained, Notes, Housekeepi
                     RemoteBlobs,
                 )
 
-                place = RemoteBlobs(folder, blobs)
-                store = cls(database, place, lock)
-                if serve:
-                    store.own(place)
+                store = cls(database, RemoteBlobs(folder, blobs), lock)
+            if serve:
+                store.own()
             undo.pop_all()
         return store
 

@@ -69,7 +69,7 @@ facts = Table(
 """`population`: whose state this is. `release`: the one that wrote the schema, for an older one.
 `schema_version`: for the release 0.1.0, which reads nothing else. `writer`: the
 coordinator that serves, and its latest write (PostgreSQL). `over_selection`: what was learned of
-who delivers. `blobs_owner`: the mark of this state in another place that keeps its blobs."""
+who delivers. `blobs_owner`: the mark of this state where its blobs lie."""
 
 plans = Table(
     "plans",

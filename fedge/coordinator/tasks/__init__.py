@@ -17,6 +17,7 @@ BUILT_IN_TASKS: Mapping[str, str] = MappingProxyType(
         "mnist-cnn": "fedge.coordinator.tasks.mnist:mnist_cnn",
         "mnist-fedavg-cnn": "fedge.coordinator.tasks.mnist:mnist_fedavg_cnn",
         "mnist-mlp": "fedge.coordinator.tasks.mnist:mnist_mlp",
+        "next-word": "fedge.coordinator.tasks.next_word:next_word",
         "toy-linear": "fedge.coordinator.tasks.toy:toy_linear",
     }
 )

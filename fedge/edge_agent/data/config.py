@@ -29,6 +29,10 @@ class DataFormat(StrEnum):
     """One numpy archive with two arrays of equal length."""
     CSV = "csv"
     """One table of numbers, one example a line."""
+    TEXT = "text"
+    """One text a line (`.txt`), or JSON lines `{"text": …, "user": …}` (`.jsonl`)."""
+    STORE = "store"
+    """The training side of the example store, `examples.sqlite` in the state folder."""
 
 
 Column = Annotated[int | str, Field(union_mode="left_to_right")]
@@ -79,6 +83,7 @@ class DataConfig(_Frozen):
     CSV: `target_columns` by name or by position (negative counts from the end),
     `ignore_columns` likewise; `header` is true, false, or "auto": a first line with a cell that is
     no number is one.
+    Text: of a `.jsonl` file, `user` takes that user's lines only.
     """
 
     path: Path
@@ -91,6 +96,7 @@ class DataConfig(_Frozen):
     ignore_columns: tuple[Column, ...] = ()
     header: bool | Literal["auto"] = "auto"
     delimiter: Annotated[str, Field(pattern=r"\A[^\"\r\n]\z")] = ","
+    user: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     partition: PartitionConfig | None = None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,17 @@ from fedge.edge_agent.data.images import read_images
 from fedge.edge_agent.data.npz import choose_keys, read_array, read_length
 from fedge.edge_agent.data.partition import Indices, partition
 from fedge.edge_agent.data.table import Layout, count_rows, read_labels, read_table
+from fedge.edge_agent.data.texts import JSON_LINES, read_texts
+from fedge.edge_agent.example_limits import DEFAULT_LIMITS, ExampleLimits
+from fedge.edge_agent.example_store import FILE_NAME, MAX_TEXTS, ExampleStore
+from fedge.edge_agent.example_text import Split
 from fedge.schemas.errors import ConfigError, StoreError
 from fedge.schemas.split_schemes import Scheme
+from fedge.schemas.words import WordEncoder
 
 RawArray = npt.NDArray[Any]
+
+_TEXTS = (DataFormat.TEXT, DataFormat.STORE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +42,23 @@ class Examples:
 
     `raw_inputs` may be a read-only map of a file. `full_scale`: what the largest value of an input
     means, where the format says so (255 in an image file); None where it is the task's business.
+    `texts`: of text, how many the rows were made of; the device's examples are those. `generation`:
+    of the example store that they are from, see there.
     """
 
     raw_inputs: RawArray
     raw_targets: RawArray
     full_scale: float | None = None
+    texts: int | None = None
+    generation: int | None = None
 
     def __len__(self) -> int:
         return len(self.raw_targets)
+
+    @property
+    def examples(self) -> int:
+        """What the device says that it has: n_k of the FedAvg paper."""
+        return len(self) if self.texts is None else self.texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +71,24 @@ class _Source:
     full_scale: float | None = None
 
 
-def open_examples(config: DataConfig) -> Examples:
-    """This device's examples.
+def open_examples(
+    config: DataConfig,
+    words: WordEncoder | None = None,
+    limits: ExampleLimits = DEFAULT_LIMITS,
+) -> Examples:
+    """This device's examples. `words`: makes windows of text, where the plan has word features.
+
+    `limits`: of an example store.
 
     Raises `ConfigError` if the configuration does not fit what is there, `StoreError` if a file is
     damaged or unreadable; both name the file and, for text, the line.
     """
+    if _format_of(config) in _TEXTS:
+        if words is None:
+            raise ConfigError(f"{config.path} holds texts, and the task is not about words")
+        generation, texts = _own_texts(config, limits)
+        inputs, targets = words.windows(texts)
+        return Examples(inputs, targets, texts=len(texts), generation=generation)
     source = _open_source(config)
     targets = source.read_targets()
     rows = _own_rows(config, targets)
@@ -67,11 +96,16 @@ def open_examples(config: DataConfig) -> Examples:
     return Examples(_native(inputs), _native(targets[rows]), source.full_scale)
 
 
-def count_examples(config: DataConfig) -> int:
+def count_examples(config: DataConfig, limits: ExampleLimits = DEFAULT_LIMITS) -> int:
     """How many examples `open_examples` would return, without reading inputs where possible.
 
     Raises as `open_examples` does, for what it looks at.
     """
+    if _format_of(config) is DataFormat.STORE:
+        with ExampleStore(config.path, limits) as store:
+            return min(store.count().training.examples, config.limit or MAX_TEXTS)
+    if _format_of(config) is DataFormat.TEXT:
+        return len(_own_texts(config, limits)[1])
     source = _open_source(config)
     if config.partition is None:
         return source.length
@@ -104,6 +138,21 @@ def split_to_files(
     return paths
 
 
+def _own_texts(config: DataConfig, limits: ExampleLimits) -> tuple[int | None, list[str]]:
+    if _format_of(config) is DataFormat.STORE:
+        with ExampleStore(config.path, limits) as store:
+            # Before the first is read: what is forgotten from now on is noticed.
+            generation = store.generation()
+            typed = store.read(Split.TRAINING)
+            return generation, [one.text for one in islice(typed, config.limit or MAX_TEXTS)]
+    texts = list(islice(read_texts(config.path, user=config.user), config.limit))
+    if config.partition is None:
+        return None, texts
+    # All of one label: a share of texts is a share of their order, or a random one.
+    rows = np.arange(len(texts))[_own_rows(config, np.zeros(len(texts), np.int64))]
+    return None, [texts[row] for row in rows]
+
+
 def _own_rows(config: DataConfig, targets: RawArray) -> slice | Indices:
     share = config.partition
     if share is None:
@@ -116,12 +165,19 @@ def _native(values: RawArray) -> RawArray:
     return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
 
 
-def _open_source(config: DataConfig) -> _Source:
-    data_format = config.format
-    if data_format is DataFormat.AUTO:
-        data_format = _recognise(config.path)
-    elif not config.path.exists():
+def _format_of(config: DataConfig) -> DataFormat:
+    if config.path.name == FILE_NAME or config.format is DataFormat.STORE:
+        # Made when the first app adds to it, or by whoever looks first.
+        return DataFormat.STORE
+    if config.format is DataFormat.AUTO:
+        return _recognise(config.path)
+    if not config.path.exists():
         raise ConfigError(f"no examples at {config.path}: set `path` in the table [data]")
+    return config.format
+
+
+def _open_source(config: DataConfig) -> _Source:
+    data_format = _format_of(config)
     match data_format:
         case DataFormat.IMAGES:
             return _image_source(config)
@@ -149,9 +205,13 @@ def _recognise(path: Path) -> DataFormat:
         return DataFormat.NPZ
     if path.suffix.lower() == ".csv":
         return DataFormat.CSV
+    if path.suffix.lower() in (".txt", JSON_LINES):
+        return DataFormat.TEXT
     if is_idx(start):
         return DataFormat.IDX
-    raise ConfigError(f"{path}: unknown kind of file; set `format` to images, idx, npz or csv")
+    raise ConfigError(
+        f"{path}: unknown kind of file; set `format` to images, idx, npz, csv or text"
+    )
 
 
 def _idx_source(config: DataConfig) -> _Source:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.engines import EngineName
+from fedge.edge_agent.example_limits import DEFAULT_LIMITS, ExampleLimits
 from fedge.edge_agent.training_settings import TrainingSettings
 from fedge.schemas.blobs import (
     DEFAULT_CHUNK_BYTES,
@@ -81,18 +82,33 @@ class Progressed(_Line):
 class Trained(_Line):
     """The update is at the job's `output`. `engine`: which one ran; none if no step was asked.
 
-    `peak_rss_bytes`: of the process since its start.
+    `first_step`: where it began, above 0 if it went on from a checkpoint. `peak_rss_bytes`: of the
+    process since its start. `generation`: of the example store that was read, if it was one.
     """
 
     answer: Literal["trained"] = "trained"
     update: BlobRef
     examples: int
     steps: int
+    first_step: int = 0
     loss: LossCurve
     metrics: dict[str, float]
     training_s: float
     engine: EngineName | None = None
     peak_rss_bytes: int
+    generation: int | None = None
+
+
+class Interrupted(_Line):
+    """The training was told to stop, and did so after `step` of `steps`.
+
+    `kept`: its checkpoint is at the job's `checkpoint`.
+    """
+
+    answer: Literal["interrupted"] = "interrupted"
+    step: int
+    steps: int
+    kept: bool
 
 
 class Activated(_Line):
@@ -172,7 +188,7 @@ class Failed(_Line):
         return _PLAIN[self.kind](self.detail)
 
 
-Answer = Progressed | Trained | Activated | Counted | Failed
+Answer = Progressed | Trained | Interrupted | Activated | Counted | Failed
 _ANSWERS: TypeAdapter[Answer] = TypeAdapter(Annotated[Answer, Field(discriminator="answer")])
 
 
@@ -184,19 +200,28 @@ def decode_answer(line: bytes) -> Answer:
 # ---------------------------------------------------------------- agent → trainer
 
 
+STOP_LINE = b'{"job":"stop"}\n'
+"""Tells the process to stop the training that it was asked for last, leaving a checkpoint. There is
+no answer but that training's own."""
+
+
 class TrainJob(_Line):
     """Train from `weights` and write the update, a safetensors file, to `output`.
 
-    `manifest`, `train_graph`, `weights`: paths of verified blobs.
+    `manifest`, `train_graph`, `weights`, `vocabulary`: paths of verified blobs. `checkpoint`: where
+    it is left when it is told to stop, and looked for at the beginning; None: no such thing.
     """
 
     job: Literal["train"] = "train"
     manifest: Path
     train_graph: Path
     weights: Path
+    vocabulary: Path | None = None
     data: DataConfig
+    limits: ExampleLimits = DEFAULT_LIMITS
     settings: TrainingSettings
     output: Path
+    checkpoint: Path | None = None
     engine: EngineName = EngineName.AUTO
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     chunk_bytes: Annotated[int, Field(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)] = DEFAULT_CHUNK_BYTES
@@ -233,6 +258,7 @@ class CountJob(_Line):
 
     job: Literal["count"] = "count"
     data: DataConfig
+    limits: ExampleLimits = DEFAULT_LIMITS
 
     @property
     def answer_type(self) -> type[Counted]:

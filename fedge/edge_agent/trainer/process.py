@@ -1,7 +1,10 @@
 """The agent's side of the training process: starts it, asks, watches, ends it.
 
-One job at a time in one process. A process that fails to answer as it should (it crashed, took too
-long, was stopped or cancelled) is killed and never asked again; the next job gets a new one.
+One job at a time in one process. A training can be interrupted: it stops after its step, leaves a
+checkpoint, and its process ends, so that its memory is the host's again. A process that fails to
+answer as it should (it crashed, took too long, was stopped) is killed and never asked again; the
+next job gets a new one. A training that is cancelled is told to stop, and its process stays for the
+next job: else a device whose jobs are cancelled sooner than a process starts would never do any.
 Waiting is on pipes and deadlines only.
 """
 
@@ -24,8 +27,10 @@ from pydantic import ValidationError
 from fedge.edge_agent.durable import partial_of
 from fedge.edge_agent.trainer.jobs import (
     MAX_LINE_BYTES,
+    STOP_LINE,
     ActivateJob,
     Failed,
+    Interrupted,
     JobFor,
     Progressed,
     TrainJob,
@@ -38,6 +43,13 @@ log = logging.getLogger(__name__)
 A = TypeVar("A")
 OnProgress = Callable[[Progressed], None]
 
+STOP_GRACE_S = 0.9
+"""For a training that is interrupted, to end its step and write its checkpoint; then it is killed.
+
+The promise is 2 s. A look begins every 0.5 s and takes up to as long, so a rule that breaks right
+after it was read is known to be broken after 1 s at the most; then comes this."""
+CANCEL_GRACE_S = 10.0
+"""For a training that is cancelled, to come to its first step and stop there; then it is killed."""
 _END_GRACE_S = 2.0
 _SILENCE_S = 5.0
 """A process that said nothing for so long is looked at: it may think, or have been stopped."""
@@ -55,11 +67,33 @@ class TrainerKilled(TrainingFailed):
     """A signal ended or stopped the process in the midst of a job, whatever the job was."""
 
 
+class TrainingInterrupted(TrainingFailed):
+    """It was told to stop, and did. `kept`: there is a checkpoint at the job's `checkpoint`.
+
+    `step`, `steps`: how far it was, 0 if it is not known.
+    """
+
+    def __init__(self, step: int, steps: int, *, kept: bool) -> None:
+        super().__init__(f"interrupted after step {step} of {steps}")
+        self.step = step
+        self.steps = steps
+        self.kept = kept
+
+
 class Trainer(Protocol):
     """Something that does jobs: one process, or a pool of them."""
 
     async def run(self, job: JobFor[A], on_progress: OnProgress | None = None) -> A:
         """See `TrainerProcess.run`."""
+        ...
+
+    def interrupt(self, job: TrainJob) -> bool:
+        """See `TrainerProcess.interrupt`."""
+        ...
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The processes that are there now."""
         ...
 
     async def close(self) -> None:
@@ -93,7 +127,11 @@ class TrainerProcess:
         self._limits = limits or TrainerLimits()
         self._turn = asyncio.Lock()
         self._child: Process | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self._expiry: asyncio.Task[None] | None = None
+        self._job: object = None
+        self._asked = False
+        self._interrupted = False
         self._closed = False
 
     @property
@@ -101,40 +139,121 @@ class TrainerProcess:
         """The process that is there now, if any."""
         return None if self._child is None else self._child.pid
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The same, as a pool tells it."""
+        return () if self._child is None else (self._child.pid,)
+
+    def interrupt(self, job: TrainJob) -> bool:
+        """Has `job` stop within `STOP_GRACE_S`; its `run` raises `TrainingInterrupted`.
+
+        False if the job has not begun, or is done.
+        """
+        if job is not self._job:
+            return False
+        if not self._interrupted:
+            self._interrupted = True
+            self._tell_to_stop()
+        return True
+
     async def run(self, job: JobFor[A], on_progress: OnProgress | None = None) -> A:
         """The answer to `job`; `on_progress` is called now and then while it trains.
 
         Raises what the job raised (see `fedge.edge_agent.trainer.child`); `TrainerKilled` if a
-        signal ended the process or stopped it for longer than a moment; `TrainingFailed` if it
-        crashed otherwise, took too long or answered nonsense. Cancelling kills it at once.
+        signal ended the process or stopped it for longer than a moment; `TrainingInterrupted` after
+        `interrupt`; `TrainingFailed` if it crashed otherwise, took too long or answered nonsense.
+        A training that is cancelled stops after its step, another job is killed at once.
         """
         async with self._turn:
-            self._stop_expiry()
-            child = await self._started()
-            answered = False
+            self._job, self._asked, self._interrupted = job, False, False
             try:
-                if self._closed:
-                    raise TrainingFailed("the training process was closed")
-                async with asyncio.timeout(self._limits.time_limit_s):
-                    answer = await _converse(child, job, on_progress)
-                answered = True
-            except TrainerKilled as error:
-                if self._closed:
-                    raise TrainingFailed("the training process was closed") from error
-                raise
-            except TimeoutError as error:
-                raise TrainingFailed(
-                    f"the job took longer than time_limit_s = {self._limits.time_limit_s:g}"
-                ) from error
+                return await self._run(job, on_progress)
             finally:
-                if answered:
-                    self._start_expiry()
-                else:
-                    await self._kill(child)
-                    _remove_partial(job)
+                self._job = None
+
+    async def _run(self, job: JobFor[A], on_progress: OnProgress | None) -> A:
+        self._stop_expiry()
+        await self._left()
+        child = await self._started()
+        kept = False
+        try:
+            answer = await self._ask(child, job, on_progress)
+            # One that was interrupted gives its memory back, whatever its answer was.
+            kept = not self._interrupted
+        except asyncio.CancelledError:
+            kept = self._leave(child, job)
+            raise
+        finally:
+            if kept:
+                self._start_expiry()
+            else:
+                await self._kill(child)
+                _remove_partial(job)
+        if isinstance(answer, Interrupted):
+            raise TrainingInterrupted(answer.step, answer.steps, kept=answer.kept)
         if isinstance(answer, Failed):
             raise answer.error()
         return answer
+
+    async def _ask(
+        self, child: Process, job: JobFor[A], on_progress: OnProgress | None
+    ) -> A | Failed | Interrupted:
+        try:
+            if self._closed:
+                raise TrainingFailed("the training process was closed")
+            if self._interrupted:
+                raise TrainingInterrupted(0, 0, kept=False)
+            self._asked = True
+            async with asyncio.timeout(self._limits.time_limit_s):
+                return await _converse(child, job, on_progress)
+        except TrainerKilled as error:
+            if self._closed:
+                raise TrainingFailed("the training process was closed") from error
+            if self._interrupted:
+                raise TrainingInterrupted(0, 0, kept=False) from error
+            raise
+        except TimeoutError as error:
+            raise TrainingFailed(
+                f"the job took longer than time_limit_s = {self._limits.time_limit_s:g}"
+            ) from error
+
+    def _leave(self, child: Process, job: object) -> bool:
+        """Has a cancelled training stop after its step. False: its process has to be killed."""
+        stoppable = isinstance(job, TrainJob) and not self._interrupted and not self._closed
+        if not stoppable or child.returncode is not None:
+            return False
+        self._leaving = asyncio.create_task(self._stop(child, job), name="trainer-stops")
+        return True
+
+    async def _stop(self, child: Process, job: object) -> None:
+        try:
+            async with asyncio.timeout(CANCEL_GRACE_S):
+                await _stopped(child)
+        except (OSError, TimeoutError, ValueError, TrainingFailed):
+            await self._kill(child)
+        finally:
+            _remove_partial(job)
+            if isinstance(job, TrainJob):
+                # Nobody waits for what it made, or for what it would go on from.
+                with contextlib.suppress(OSError):
+                    job.output.unlink(missing_ok=True)
+                    if job.checkpoint is not None:
+                        job.checkpoint.unlink(missing_ok=True)
+
+    async def _left(self) -> None:
+        """Returns when the process is done with a job that was cancelled."""
+        if self._leaving is not None:
+            await asyncio.shield(self._leaving)
+            self._leaving = None
+
+    def _tell_to_stop(self) -> None:
+        child = self._child
+        if not self._asked or child is None or child.stdin is None:
+            return
+        # A process that is gone is noticed by the one who waits for its answer.
+        with contextlib.suppress(OSError):
+            child.stdin.write(STOP_LINE)
+        asyncio.get_running_loop().call_later(STOP_GRACE_S, _end_at_once, child)
 
     async def close(self) -> None:
         """Ends the process: at once if it has a job, which fails, as later ones do.
@@ -143,7 +262,8 @@ class TrainerProcess:
         """
         self._closed = True
         self._stop_expiry()
-        if self._child is not None and self._turn.locked():
+        leaving = self._leaving is not None and not self._leaving.done()
+        if self._child is not None and (self._turn.locked() or leaving):
             await self._kill(self._child)
         else:
             await self._end()
@@ -182,6 +302,7 @@ class TrainerProcess:
         async with self._turn:
             # From here on no job waits for this task to be cancelled in the midst.
             self._expiry = None
+            await self._left()
             await self._end()
 
     async def _end(self) -> None:
@@ -225,12 +346,35 @@ class TrainerPool:
         finally:
             self._idle.put_nowait(trainer)
 
+    def interrupt(self, job: TrainJob) -> bool:
+        """As `TrainerProcess.interrupt`."""
+        return any(trainer.interrupt(job) for trainer in self._all)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The processes that are there now."""
+        return tuple(pid for trainer in self._all for pid in trainer.pids)
+
     async def close(self) -> None:
         """Ends all processes; jobs under way fail. May be called twice."""
         await asyncio.gather(*(trainer.close() for trainer in self._all))
 
 
-async def _converse(child: Process, job: JobFor[A], on_progress: OnProgress | None) -> A | Failed:
+async def _stopped(child: Process) -> None:
+    """Tells the process to stop its training, and reads up to the answer. Raises as `_converse`."""
+    if child.stdin is None or child.stdout is None:
+        raise TrainingFailed("the training process has no pipes")
+    child.stdin.write(STOP_LINE)
+    await child.stdin.drain()
+    while line := await _next_line(child, child.stdout):
+        if not isinstance(decode_answer(line), Progressed):
+            return
+    raise _ended(await child.wait())
+
+
+async def _converse(
+    child: Process, job: JobFor[A], on_progress: OnProgress | None
+) -> A | Failed | Interrupted:
     """Sends `job` and reads answers up to the last one.
 
     Raises `TrainingFailed`, and `TrainerKilled` for a process that a signal ended or stopped.
@@ -244,6 +388,8 @@ async def _converse(child: Process, job: JobFor[A], on_progress: OnProgress | No
             answer = decode_answer(line)
             if isinstance(answer, (Failed, job.answer_type)):
                 return answer
+            if isinstance(answer, Interrupted) and isinstance(job, TrainJob):
+                return answer
             if not isinstance(answer, Progressed):
                 break
             if on_progress is not None:
@@ -254,9 +400,12 @@ async def _converse(child: Process, job: JobFor[A], on_progress: OnProgress | No
         raise TrainingFailed(f"the training process gave an unreadable answer: {error}") from error
     if line:
         raise TrainingFailed("the training process gave the answer to another question")
-    status = await child.wait()
+    raise _ended(await child.wait())
+
+
+def _ended(status: int) -> TrainingFailed:
     kind = TrainerKilled if status < 0 else TrainingFailed
-    raise kind(f"the training process {_ending(status)}")
+    return kind(f"the training process {_ending(status)}")
 
 
 async def _next_line(child: Process, answers: asyncio.StreamReader) -> bytes:
@@ -273,6 +422,12 @@ async def _next_line(child: Process, answers: asyncio.StreamReader) -> bytes:
                 raise TrainerKilled(
                     "the training process was stopped (SIGSTOP) and not continued"
                 ) from None
+
+
+def _end_at_once(child: Process) -> None:
+    if child.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
 
 
 def _is_stopped(pid: int) -> bool:
@@ -301,3 +456,5 @@ def _remove_partial(job: object) -> None:
         # On a disk that is read-only now it stays, and goes at the next start.
         with contextlib.suppress(OSError):
             partial_of(job.output).unlink(missing_ok=True)
+            if isinstance(job, TrainJob) and job.checkpoint is not None:
+                partial_of(job.checkpoint).unlink(missing_ok=True)

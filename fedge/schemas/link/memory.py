@@ -327,6 +327,9 @@ class MemoryLink:
         self._started = True
         self._broker.enter(self)
 
+    def hurry(self) -> None:
+        """Nothing: this broker's clients never wait."""
+
     async def close(self) -> None:
         """Says goodbye. Waiting calls raise `LinkClosed`."""
         if self._closed:

@@ -84,6 +84,10 @@ class Link(Protocol):
         """Begins to connect and returns at once. Call once."""
         ...
 
+    def hurry(self) -> None:
+        """The broker is known to be back: a link that waits to try again tries now."""
+        ...
+
     async def close(self) -> None:
         """Says goodbye (no will is sent) and ends; waiting calls raise `LinkClosed`."""
         ...

@@ -23,6 +23,7 @@ PARAMETERS = {
     "mnist-cnn": 431_080,
     "mnist-fedavg-cnn": 1_663_370,
     "mnist-mlp": 535_818,
+    "next-word": 139_536,
     "toy-linear": 3,
 }
 
@@ -50,7 +51,8 @@ def test_the_task_compiles_and_is_verified_over_twenty_steps(name: str) -> None:
     manifest = plan.manifest
     assert sum(array.size for array in plan.initial_weights.values()) == PARAMETERS[name]
     assert manifest.padding is Padding.MASK
-    assert manifest.graphs.train.size_bytes < 16_384
+    # A recurrent net is unrolled over its window.
+    assert manifest.graphs.train.size_bytes < (65_536 if name == "next-word" else 16_384)
 
 
 def trained(task: Task, plan: CompiledPlan, steps: list[tuple[np.ndarray, np.ndarray]]) -> float:

@@ -13,6 +13,7 @@ process left in the session); they are acknowledged and dropped.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import random
@@ -53,6 +54,7 @@ class PahoLink:
         self.settings = settings
         self._protocol = settings.protocol
         self._next_trial = MqttProtocol.V5
+        self._hurry = asyncio.Event()
         self._backoff = Backoff(settings.backoff_base_s, settings.backoff_cap_s, rng)
         self._limit = PacketLimit(settings.max_packet_bytes)
         self._outbox = Outbox(MAX_IN_FLIGHT)
@@ -96,6 +98,10 @@ class PahoLink:
             self._keep_connected(), name=f"link {self.settings.client_id}"
         )
         self._keeper.add_done_callback(self._on_keeper_done)
+
+    def hurry(self) -> None:
+        """The broker is known to be back: a link that waits to try again tries now."""
+        self._hurry.set()
 
     async def close(self) -> None:
         """Sends what is queued and DISCONNECT, then ends. Waiting calls raise `LinkClosed`."""
@@ -270,7 +276,17 @@ class PahoLink:
                 delay_s,
             )
             self._emit_down(reason)
+            await self._wait_to_try_again(delay_s, lasted_s, lost)
+
+    async def _wait_to_try_again(self, delay_s: float, lasted_s: float, lost: Lost) -> None:
+        if lost.code == SESSION_TAKEN_OVER or (lasted_s and lost.closed_by_peer):
+            # Perhaps a rival has the session: to come back sooner would only be a fight.
             await asyncio.sleep(delay_s)
+            return
+        self._hurry.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay_s):
+                await self._hurry.wait()
 
     def _answer_limit_s(self, trial: MqttProtocol) -> float:
         undecided = self._protocol is MqttProtocol.AUTO and trial is MqttProtocol.V5

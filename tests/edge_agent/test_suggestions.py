@@ -1,0 +1,59 @@
+"""What is suggested while somebody types."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedge.edge_agent.suggestions import read_typed, suggested
+from fedge.schemas.words import START, Vocabulary, WordEncoder
+
+ENCODER = WordEncoder(Vocabulary(["see", "you", "your", "soon", "at"]), 4)
+NUMBER = ENCODER.vocabulary.number
+
+
+@pytest.mark.parametrize(
+    ("typed", "words", "begun"),
+    [
+        ("", [], ""),
+        ("See ", ["see"], ""),
+        ("See yo", ["see"], "yo"),
+        ("See you. ", [], ""),
+        ("Ok. See YO", ["see"], "yo"),
+        ("at 5 ", ["at", "5"], ""),
+        ("you'", ["you"], ""),
+        ("don't", [], "don't"),
+    ],
+)
+def test_finished_words_are_read_and_the_unfinished_one_is_kept(typed, words, begun):
+    found = read_typed(typed, ENCODER)
+    numbers = [START, *(NUMBER(word) for word in words)]
+    assert found.inputs.tolist() == [numbers + [0] * (4 - len(numbers))]
+    assert found.begun == begun
+
+
+def test_only_the_end_of_a_long_text_is_read():
+    found = read_typed("word " * 1_000_000 + "see ", ENCODER)
+    assert found.inputs[0, -1] == NUMBER("see")
+
+
+def scores(**probabilities: float) -> np.ndarray:
+    output = np.full(len(ENCODER.vocabulary), -20.0, np.float32)
+    for word, probability in probabilities.items():
+        output[NUMBER(word)] = np.log(probability)
+    return output
+
+
+def test_the_likeliest_words_come_first_with_their_probabilities():
+    found = suggested(scores(you=0.5, soon=0.3, at=0.2), "", ENCODER, top=2)
+    assert [one.word for one in found.words] == ["you", "soon"]
+    assert found.words[0].probability == pytest.approx(0.5, abs=1e-4)
+    assert found.as_dict()["words"][0]["word"] == "you"
+
+
+def test_a_word_that_is_begun_goes_on_as_it_began():
+    found = suggested(scores(you=0.1, your=0.2, soon=0.7), "yo", ENCODER, top=5)
+    assert [one.word for one in found.words] == ["your", "you"]
+    nothing = suggested(scores(you=1.0), "xy", ENCODER, top=5)
+    assert nothing.words == ()
+    assert nothing.sentence() == "nothing"
