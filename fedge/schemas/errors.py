@@ -2,6 +2,7 @@
 
     FedgeError
     ├── ConfigError             ours: a setting that cannot work
+    │   └── TextRefused         the device's: a text that its example store does not keep
     ├── StoreError              ours: the disk or the database
     │   └── StoreUnavailable    it cannot be used now: full, read-only, busy, gone; it may come back
     ├── PeerError               the peer's: what it sent breaks the contract (carries a reason)
