@@ -184,7 +184,7 @@ def write_config(folder: Path, port: int, wanted: argparse.Namespace) -> None:
     (folder / "fedge.toml").write_text(
         f'population = "large"\ntask = "linear_task.py:task"\nstate_dir = "coordinator"\n'
         f'log_format = "json"\n[broker]\nport = {port}\n'
-        f"[round]\ngoal = {wanted.goal}\ndeadline_s = {wanted.deadline_s}\ngather_s = 5\n"
+        f"[round]\ngoal = {wanted.goal}\ndeadline_s = {wanted.deadline_s}\n"
         f"versions = {wanted.rounds}\n"
     )
 
