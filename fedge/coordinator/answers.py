@@ -79,8 +79,7 @@ class Answers:
 
     async def _record_offer(self, device: str, offer: Offer) -> None:
         # It may have waited while the device was written off: that record must not be undone.
-        gone = self._course.awaited(device, offer.round) is None
-        if gone or self._course.has_failed(device):
+        if not self._is_waited_for(device, offer.round):
             return
         at = self._around.wall_clock()
 
@@ -95,7 +94,7 @@ class Answers:
             return
         if self._course.is_foreign(device, asked_in):
             raise PeerError(RejectReason.NOT_IN_COHORT, f"{device} was not asked")
-        if self._course.awaited(device, asked_in) is None or self._course.has_failed(device):
+        if not self._is_waited_for(device, asked_in):
             return
         at = self._around.wall_clock()
 
@@ -111,7 +110,7 @@ class Answers:
         belated = error.reason in (RejectReason.REPLAY, RejectReason.LATE, RejectReason.STALE)
         self._journal.refused(device, error, offer.round if belated else self._course.number)
         self._around.tell(device, rejected_receipt(offer, error))
-        if self._course.awaited(device, offer.round) is None or self._course.has_failed(device):
+        if not self._is_waited_for(device, offer.round):
             return
         at = self._around.wall_clock()
 
@@ -120,6 +119,11 @@ class Answers:
 
         self._around.start(self._workers.durable(record), f"rejected-{device}")
         self._feed(rounds.Failed(device, offer.round))
+
+    def _is_waited_for(self, device: str, asked_in: int) -> bool:
+        """Whether an answer is awaited of the device, and it was not written off."""
+        awaited = self._course.awaited(device, asked_in)
+        return awaited is not None and not self._course.has_failed(device)
 
     async def finish(self, upload: Upload) -> Sequence[Reply]:
         """Decides a complete upload, durably, and tells its device. Returns grants for others."""

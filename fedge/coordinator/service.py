@@ -172,6 +172,7 @@ class Coordinator:
                 publish_again=self._publication.again,
                 wake=self._timer_due.set,
                 online=lambda: self._presence.online,
+                all_known=lambda: self._presence.all_known,
                 clock=clock,
                 wall_clock=wall_clock,
             ),

@@ -125,7 +125,7 @@ class EdgeAgent:
             report=self._send,
         )
         self._typed: TypedTexts | None = None
-        if settings.data is not None and TypedTexts.are_named_by(settings.data):
+        if settings.data is not None and settings.data.is_store:
             self._typed = TypedTexts(self._device, settings.data, settings.examples.limits)
         self._checkpoints = Checkpoints(state_dir / "checkpoint")
         meter = UsageMeter(self._memory, self._storage, wall_clock)
@@ -420,12 +420,12 @@ class EdgeAgent:
     async def _count_examples(self) -> None:
         if self._data is None:
             self._feed(events.Counted(0))
-            return
-        if self._typed is not None:
+        elif self._typed is not None:
             await self._typed.keep_counting(self._counted)
-        examples = await self._count(CountJob(data=self._data))
-        log.info("examples_counted", device=self._device, examples=examples)
-        self._counted(examples)
+        else:
+            examples = await self._count(CountJob(data=self._data))
+            log.info("examples_counted", device=self._device, examples=examples)
+            self._counted(examples)
 
     def _counted(self, examples: int) -> None:
         self._feed(events.Counted(examples))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fedge import __version__
+from fedge.edge_agent.command_options import config_option, json_option
 from fedge.edge_agent.eligibility_commands import eligibility
 from fedge.edge_agent.example_commands import examples
 from fedge.schemas.errors import ConfigError
@@ -22,16 +23,6 @@ if TYPE_CHECKING:
     from fedge.edge_agent.trainer.process import Trainer
 
 # Imports below are inside the commands: `predict` needs no network code, and `run` no runtime.
-
-_config = click.option(
-    "--config",
-    "config_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("agent.toml"),
-    show_default=True,
-    help="The agent's TOML file.",
-)
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,7 +47,7 @@ def cli() -> None:
 
 
 @cli.command()
-@_config
+@config_option
 def run(config_path: Path) -> None:
     """Serve until stopped: follow the versions, train when asked, send only differences."""
     from fedge.edge_agent.agent import EdgeAgent  # noqa: PLC0415 -- see the top of the file
@@ -75,7 +66,7 @@ def run(config_path: Path) -> None:
 
 
 @cli.command()
-@_config
+@config_option
 @click.option("--devices", type=click.IntRange(1, 10_000), required=True, help="How many.")
 @click.option(
     "--split",
@@ -112,9 +103,9 @@ def fleet(config_path: Path, devices: int, split: str, seed: int, workers: int) 
 # The first number of a table's row may be negative: that is no option.
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("example")
-@_config
+@config_option
 @click.option("--top", type=click.IntRange(1, 100), default=3, show_default=True)
-@_json
+@json_option
 def predict(example: str, config_path: Path, top: int, as_json: bool) -> None:
     """Answer EXAMPLE with the version in use; needs neither network nor a running agent.
 
@@ -139,8 +130,8 @@ def predict(example: str, config_path: Path, top: int, as_json: bool) -> None:
 
 
 @cli.command()
-@_config
-@_json
+@config_option
+@json_option
 def status(config_path: Path, as_json: bool) -> None:
     """Show the version in use, what waits to be sent, and the rounds this device took part in."""
     from fedge.edge_agent.library import Library  # noqa: PLC0415 -- as above
@@ -192,7 +183,7 @@ def data() -> None:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many examples.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
-@_json
+@json_option
 def split(  # noqa: PLR0917 -- click calls it by name
     source: Path, scheme: str, parts: int, seed: int, limit: int | None, out: Path, as_json: bool
 ) -> None:

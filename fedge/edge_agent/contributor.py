@@ -15,7 +15,6 @@ from fedge.edge_agent.checkpoints import Checkpoints
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.engines import EngineName
 from fedge.edge_agent.events import Trained, TrainingStopped
-from fedge.edge_agent.example_limits import DEFAULT_LIMITS
 from fedge.edge_agent.library import Library
 from fedge.edge_agent.outbox import Outbox
 from fedge.edge_agent.trainer import jobs
@@ -189,7 +188,7 @@ class Contributor:
             weights=path(held.weights.sha256),
             vocabulary=None if words is None else path(words.sha256),
             data=self._data,
-            limits=DEFAULT_LIMITS if self._typed is None else self._typed.limits,
+            limits=None if self._typed is None else self._typed.limits,
             settings=TrainingSettings.of(assignment),
             output=self._outbox.path(assignment.round),
             checkpoint=(

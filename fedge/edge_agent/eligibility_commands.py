@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fedge.edge_agent.command_options import config_option, json_option
+
 if TYPE_CHECKING:
     from fedge.edge_agent.eligibility import Finding
     from fedge.edge_agent.participation import Allowance
@@ -28,15 +30,8 @@ EXIT_NOT_ELIGIBLE = 3
 
 
 @click.command()
-@click.option(
-    "--config",
-    "config_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("agent.toml"),
-    show_default=True,
-    help="The agent's TOML file.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@config_option
+@json_option
 def eligibility(config_path: Path, as_json: bool) -> None:
     """Say whether this device may train now: each rule, its reading, and what is used of a day.
 

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from fedge.edge_agent.command_options import config_option, json_option
 from fedge.schemas.errors import ConfigError, StoreError, StoreUnavailable
 from fedge.schemas.process import EXIT_FAILED
 
@@ -27,16 +28,6 @@ if TYPE_CHECKING:
 
 MAX_LINE_BYTES = 65_536
 """Longer than any line with a text that is kept, however it is escaped."""
-
-_config = click.option(
-    "--config",
-    "config_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("agent.toml"),
-    show_default=True,
-    help="The agent's TOML file.",
-)
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 @click.group()
@@ -59,7 +50,7 @@ def examples() -> None:
 
 @examples.command()
 @click.argument("texts", nargs=-1)
-@_config
+@config_option
 @click.option(
     "--jsonl",
     "jsonl_path",
@@ -67,7 +58,7 @@ def examples() -> None:
     help='A file of lines {"text": …, "at": …}; `at`, in seconds since 1970, may be left out.',
 )
 @click.option("--user", help='Of a file of lines {"user": …, "text": …}, only the lines of USER.')
-@_json
+@json_option
 def add(
     texts: tuple[str, ...],
     config_path: Path,
@@ -118,8 +109,8 @@ def add(
 
 
 @examples.command()
-@_config
-@_json
+@config_option
+@json_option
 def count(config_path: Path, as_json: bool) -> None:
     """Show how many texts there are to train on and to measure on, how large and how old.
 
@@ -135,7 +126,7 @@ def count(config_path: Path, as_json: bool) -> None:
 
 
 @examples.command("list")
-@_config
+@config_option
 @click.option(
     "--last",
     "number",
@@ -144,7 +135,7 @@ def count(config_path: Path, as_json: bool) -> None:
     show_default=True,
     help="How many, counted from the one typed last.",
 )
-@_json
+@json_option
 def list_texts(config_path: Path, number: int, as_json: bool) -> None:
     """Show the texts that were typed last, with their ids, on this screen only."""
     with _store(config_path) as store:
@@ -157,7 +148,7 @@ def list_texts(config_path: Path, number: int, as_json: bool) -> None:
 
 
 @examples.command()
-@_config
+@config_option
 @click.option("--all", "everything", is_flag=True, help="All texts. Asks, unless --yes is given.")
 @click.option(
     "--before",
@@ -171,7 +162,7 @@ def list_texts(config_path: Path, number: int, as_json: bool) -> None:
 )
 @click.option("--id", "ids", type=int, multiple=True, help="The text of this id; may be repeated.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@_json
+@json_option
 def forget(  # noqa: PLR0917 -- click calls it by name
     config_path: Path,
     everything: bool,

@@ -38,7 +38,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from fedge.edge_agent.erasable_file import ErasableFile, remove_files
@@ -52,6 +51,7 @@ from fedge.edge_agent.example_text import (
     normalise,
     side_of,
 )
+from fedge.schemas.closing import Closing
 from fedge.schemas.errors import ConfigError, StoreUnavailable
 from fedge.schemas.logs import EventLog
 
@@ -161,7 +161,7 @@ class Forgotten:
     erased: bool
 
 
-class ExampleStore:
+class ExampleStore(Closing):
     """The file at `path`, made when absent. Any thread may call; threads take turns.
 
     `clock`: seconds since the epoch.
@@ -211,17 +211,6 @@ class ExampleStore:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # ------------------------------------------------------------ adding
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from fedge.edge_agent.data.config import DataConfig, DataFormat
+from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.example_limits import ExampleLimits
-from fedge.edge_agent.example_store import FILE_NAME, MAX_TEXTS, ExampleStore
+from fedge.edge_agent.example_store import MAX_TEXTS, ExampleStore
 from fedge.schemas.errors import FedgeError
 from fedge.schemas.logs import EventLog
 
@@ -29,11 +29,6 @@ class TypedTexts:
         self._data = data
         self.limits = limits
 
-    @staticmethod
-    def are_named_by(data: DataConfig) -> bool:
-        """Whether a device learns from an example store."""
-        return data.format is DataFormat.STORE or data.path.name == FILE_NAME
-
     def count(self) -> int:
         """The texts to train on. Raises as `ExampleStore`."""
         with ExampleStore(self._data.path, self.limits) as store:
@@ -49,7 +44,8 @@ class TypedTexts:
         known: int | None = None
         while True:
             try:
-                found = self.count()
+                # It may wait for an app's transaction, or make the file smaller.
+                found = await asyncio.to_thread(self.count)
             except FedgeError as error:
                 log.warning("examples_not_counted", device=self._device, reason=str(error))
             else:

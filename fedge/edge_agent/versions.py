@@ -203,7 +203,7 @@ class Versions:
     async def _put_into_use(self, version: VersionAnnouncement) -> bool:
         held_number = None if self.held is None else self.held.number
         if held_number != version.number or self._active_number() == version.number:
-            # It was done before, or another way.
+            # It was done before, or a newer one was fetched while the disk was full.
             return False
         activated = await self._trainer.run(self._library.activation_of(version))
         await asyncio.to_thread(self._library.activate, version)

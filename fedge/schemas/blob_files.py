@@ -17,10 +17,10 @@ import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 from fedge.schemas.blobs import BlobReceiver, BlobRef, ChunkSet
+from fedge.schemas.closing import Closing
 from fedge.schemas.errors import PeerError, RejectReason, StoreError, StoreUnavailable
 from fedge.schemas.ids import Digest, sha256
 
@@ -135,7 +135,7 @@ class BlobDirectory:
             path.unlink(missing_ok=True)
 
 
-class PartialBlob:
+class PartialBlob(Closing):
     """A blob that is arriving. `receiver` takes its chunks in any order and verifies each.
 
     For one owner at a time. Closing keeps what has arrived; so does a crash.
@@ -194,17 +194,6 @@ class PartialBlob:
         if self._open:
             self._open = False
             os.close(self._file)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _verify_held(self) -> ChunkSet:
         held = ChunkSet(self.ref.chunk_count)

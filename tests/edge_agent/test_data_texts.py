@@ -71,6 +71,15 @@ def test_a_line_that_is_no_text_is_named(messages: Path, line: str, words: str) 
         count_examples(DataConfig(path=messages))
 
 
+def test_an_example_store_is_not_read_without_its_limits(tmp_path: Path) -> None:
+    # Reading deletes what is too old, and how old that is only its agent knows.
+    config = DataConfig(path=tmp_path / "examples.sqlite")
+    for read in (lambda: open_examples(config, WORDS), lambda: count_examples(config)):
+        with pytest.raises(ConfigError, match="only its agent reads it"):
+            read()
+    assert not config.path.exists()
+
+
 def test_texts_need_a_task_about_words(messages: Path) -> None:
     with pytest.raises(ConfigError, match="the task is not about words"):
         open_examples(DataConfig(path=messages, format=DataFormat.TEXT))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from sqlalchemy import select
-
 from fedge.coordinator.store.database import Database
+from fedge.coordinator.store.queries import fact_named
 from fedge.coordinator.store.tables import facts
 
 
@@ -16,7 +15,7 @@ class Notes:
     def note(self, name: str) -> str | None:
         """The text under that name, None if none was kept."""
         with self._database.read() as connection:
-            return connection.scalar(select(facts.c.value).where(facts.c.name == name))
+            return fact_named(connection, name)
 
     def keep_note(self, name: str, value: str) -> None:
         """Keeps the text, instead of what was under that name before."""

@@ -23,7 +23,7 @@ from fedge.coordinator.store.database import (
     sqlite_file,
     sqlite_url,
 )
-from fedge.coordinator.store.queries import digests_of, files_of_versions
+from fedge.coordinator.store.queries import digests_of, fact_named, files_of_versions
 from fedge.coordinator.store.tables import facts, plans, versions
 from fedge.schemas.blob_files import BlobDirectory, disk, settle
 from fedge.schemas.errors import ConfigError, StoreError, StoreUnavailable
@@ -32,7 +32,7 @@ from fedge.schemas.ids import Digest
 OWNER = "owner"
 """The file, or the object in another place, that says whose blobs these are."""
 
-_MINE = facts.c.name == "blobs_owner"
+_MARK = "blobs_owner"
 _MOVE = (
     "`fedge db backup B` with the old configuration, then `fedge db restore B` with the new one. "
     "To begin anew: another state_dir."
@@ -169,14 +169,14 @@ def mark_of(owners: Iterable[str]) -> bytes:
 
 def owner_in(connection: Connection) -> str | None:
     """The mark of a state; None before it has one."""
-    return connection.scalar(select(facts.c.value).where(_MINE))
+    return fact_named(connection, _MARK)
 
 
 def give_owner(connection: Connection) -> str:
     """Gives a state a new mark, in the caller's transaction, and returns it."""
     owner = secrets.token_hex(16)
-    connection.execute(delete(facts).where(_MINE))
-    connection.execute(insert(facts).values(name="blobs_owner", value=owner))
+    connection.execute(delete(facts).where(facts.c.name == _MARK))
+    connection.execute(insert(facts).values(name=_MARK, value=owner))
     return owner
 
 

@@ -31,7 +31,12 @@ NAMES_A_STATEMENT = 500
 
 def population_of(connection: Connection) -> str | None:
     """Whose state this is."""
-    return connection.scalar(select(facts.c.value).where(facts.c.name == "population"))
+    return fact_named(connection, "population")
+
+
+def fact_named(connection: Connection, name: str) -> str | None:
+    """The text under that name, None if there is none."""
+    return connection.scalar(select(facts.c.value).where(facts.c.name == name))
 
 
 def version_numbered(connection: Connection, number: int) -> VersionRecord | None:

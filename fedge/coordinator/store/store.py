@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from fedge.coordinator.store.blobs import Blobs
 from fedge.coordinator.store.database import Database, sqlite_file, sqlite_url
@@ -22,13 +20,14 @@ from fedge.coordinator.store.participants import Participants
 from fedge.coordinator.store.retained import Retained
 from fedge.coordinator.store.rounds import Rounds
 from fedge.coordinator.store.versions import Versions
+from fedge.schemas.closing import Closing
 from fedge.schemas.errors import ConfigError
 from fedge.schemas.state_lock import StateLock
 
 BLOBS_FOLDER = "blobs"
 
 
-class Store(Versions, Rounds, Participants, Devices, Retained, Notes, Housekeeping):
+class Store(Closing, Versions, Rounds, Participants, Devices, Retained, Notes, Housekeeping):
     """The coordinator's durable state; open it with `open`.
 
     Any thread may call it: each call is one transaction on a connection of its own. Every method
@@ -102,17 +101,6 @@ class Store(Versions, Rounds, Participants, Devices, Retained, Notes, Housekeepi
         self._database.close()
         if self._lock is not None:
             self._lock.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _make_folder(state_dir: Path) -> None:

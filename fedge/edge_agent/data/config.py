@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fedge.edge_agent.example_store import FILE_NAME
 from fedge.schemas.errors import ConfigError
 from fedge.schemas.split_schemes import parse_scheme
 
@@ -105,6 +106,11 @@ class DataConfig(_Frozen):
         if (self.inputs_key is None) != (self.targets_key is None):
             raise ValueError("set both inputs_key and targets_key, or neither")
         return self
+
+    @property
+    def is_store(self) -> bool:
+        """Whether the examples are those of an example store, which need not be there yet."""
+        return self.format is DataFormat.STORE or self.path.name == FILE_NAME
 
     def relative_to(self, folder: Path) -> DataConfig:
         """The same configuration with relative `path` and `targets` taken from `folder`."""

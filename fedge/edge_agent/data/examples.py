@@ -24,16 +24,14 @@ from fedge.edge_agent.data.npz import choose_keys, read_array, read_length
 from fedge.edge_agent.data.partition import Indices, partition
 from fedge.edge_agent.data.table import Layout, count_rows, read_labels, read_table
 from fedge.edge_agent.data.texts import JSON_LINES, read_texts
-from fedge.edge_agent.example_limits import DEFAULT_LIMITS, ExampleLimits
-from fedge.edge_agent.example_store import FILE_NAME, MAX_TEXTS, ExampleStore
+from fedge.edge_agent.example_limits import ExampleLimits
+from fedge.edge_agent.example_store import MAX_TEXTS, ExampleStore
 from fedge.edge_agent.example_text import Split
 from fedge.schemas.errors import ConfigError, StoreError
 from fedge.schemas.split_schemes import Scheme
 from fedge.schemas.words import WordEncoder
 
 RawArray = npt.NDArray[Any]
-
-_TEXTS = (DataFormat.TEXT, DataFormat.STORE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,39 +72,45 @@ class _Source:
 def open_examples(
     config: DataConfig,
     words: WordEncoder | None = None,
-    limits: ExampleLimits = DEFAULT_LIMITS,
+    limits: ExampleLimits | None = None,
 ) -> Examples:
     """This device's examples. `words`: makes windows of text, where the plan has word features.
 
-    `limits`: of an example store.
+    `limits`: of an example store, which is not read without them: reading deletes what is too old.
 
     Raises `ConfigError` if the configuration does not fit what is there, `StoreError` if a file is
     damaged or unreadable; both name the file and, for text, the line.
     """
-    if _format_of(config) in _TEXTS:
+    data_format = _format_of(config)
+    if data_format in (DataFormat.TEXT, DataFormat.STORE):
         if words is None:
             raise ConfigError(f"{config.path} holds texts, and the task is not about words")
-        generation, texts = _own_texts(config, limits)
+        generation = None
+        if data_format is DataFormat.TEXT:
+            texts = _own_texts(config)
+        else:
+            generation, texts = _stored_texts(config, limits)
         inputs, targets = words.windows(texts)
         return Examples(inputs, targets, texts=len(texts), generation=generation)
-    source = _open_source(config)
+    source = _open_source(config, data_format)
     targets = source.read_targets()
     rows = _own_rows(config, targets)
     inputs = source.read_inputs(rows)
     return Examples(_native(inputs), _native(targets[rows]), source.full_scale)
 
 
-def count_examples(config: DataConfig, limits: ExampleLimits = DEFAULT_LIMITS) -> int:
+def count_examples(config: DataConfig) -> int:
     """How many examples `open_examples` would return, without reading inputs where possible.
 
-    Raises as `open_examples` does, for what it looks at.
+    Not of an example store: see `TypedTexts.count`. Raises as `open_examples` does, for what it
+    looks at.
     """
-    if _format_of(config) is DataFormat.STORE:
-        with ExampleStore(config.path, limits) as store:
-            return min(store.count().training.examples, config.limit or MAX_TEXTS)
-    if _format_of(config) is DataFormat.TEXT:
-        return len(_own_texts(config, limits)[1])
-    source = _open_source(config)
+    data_format = _format_of(config)
+    if data_format is DataFormat.STORE:
+        raise _only_its_agent(config)
+    if data_format is DataFormat.TEXT:
+        return len(_own_texts(config))
+    source = _open_source(config, data_format)
     if config.partition is None:
         return source.length
     rows = _own_rows(config, source.read_targets())
@@ -138,19 +142,27 @@ def split_to_files(
     return paths
 
 
-def _own_texts(config: DataConfig, limits: ExampleLimits) -> tuple[int | None, list[str]]:
-    if _format_of(config) is DataFormat.STORE:
-        with ExampleStore(config.path, limits) as store:
-            # Before the first is read: what is forgotten from now on is noticed.
-            generation = store.generation()
-            typed = store.read(Split.TRAINING)
-            return generation, [one.text for one in islice(typed, config.limit or MAX_TEXTS)]
+def _stored_texts(config: DataConfig, limits: ExampleLimits | None) -> tuple[int, list[str]]:
+    if limits is None:
+        raise _only_its_agent(config)
+    with ExampleStore(config.path, limits) as store:
+        # Before the first is read: what is forgotten from now on is noticed.
+        generation = store.generation()
+        typed = store.read(Split.TRAINING)
+        return generation, [one.text for one in islice(typed, config.limit or MAX_TEXTS)]
+
+
+def _only_its_agent(config: DataConfig) -> ConfigError:
+    return ConfigError(f"{config.path} is an example store: only its agent reads it")
+
+
+def _own_texts(config: DataConfig) -> list[str]:
     texts = list(islice(read_texts(config.path, user=config.user), config.limit))
     if config.partition is None:
-        return None, texts
+        return texts
     # All of one label: a share of texts is a share of their order, or a random one.
     rows = np.arange(len(texts))[_own_rows(config, np.zeros(len(texts), np.int64))]
-    return None, [texts[row] for row in rows]
+    return [texts[row] for row in rows]
 
 
 def _own_rows(config: DataConfig, targets: RawArray) -> slice | Indices:
@@ -166,8 +178,7 @@ def _native(values: RawArray) -> RawArray:
 
 
 def _format_of(config: DataConfig) -> DataFormat:
-    if config.path.name == FILE_NAME or config.format is DataFormat.STORE:
-        # Made when the first app adds to it, or by whoever looks first.
+    if config.is_store:
         return DataFormat.STORE
     if config.format is DataFormat.AUTO:
         return _recognise(config.path)
@@ -176,8 +187,7 @@ def _format_of(config: DataConfig) -> DataFormat:
     return config.format
 
 
-def _open_source(config: DataConfig) -> _Source:
-    data_format = _format_of(config)
+def _open_source(config: DataConfig, data_format: DataFormat) -> _Source:
     match data_format:
         case DataFormat.IMAGES:
             return _image_source(config)

@@ -34,36 +34,30 @@ def read_texts(path: Path, *, user: str | None = None) -> Iterator[str]:
     the file cannot be read.
     """
     found = False
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                if path.suffix.lower() == JSON_LINES:
-                    one = _parsed(path, number, line)
-                    if one is None or (user is not None and one.user != user):
-                        continue
-                    text = one.text
-                else:
-                    text = line.rstrip("\n")
-                found = True
-                yield text
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read ({error})") from error
+    for one in _lines(path):
+        if user is None or one.user == user:
+            found = True
+            yield one.text
     if user is not None and not found:
         raise ConfigError(f"{path}: no text of user {user!r}")
 
 
 def users_of(path: Path) -> list[str]:
     """Who is named in a `.jsonl` file, in order of their first text. Raises as `read_texts`."""
-    users: dict[str, None] = {}
+    return list(dict.fromkeys(one.user for one in _lines(path) if one.user is not None))
+
+
+def _lines(path: Path) -> Iterator[TextLine]:
+    is_json = path.suffix.lower() == JSON_LINES
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, 1):
-                one = _parsed(path, number, line)
-                if one is not None and one.user is not None:
-                    users.setdefault(one.user)
+                if not is_json:
+                    yield TextLine.model_construct(text=line.rstrip("\n"))
+                elif (one := _parsed(path, number, line)) is not None:
+                    yield one
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error})") from error
-    return list(users)
 
 
 def _parsed(path: Path, number: int, line: str) -> TextLine | None:

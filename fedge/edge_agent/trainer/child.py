@@ -95,7 +95,7 @@ class Worker:
             case ActivateJob():
                 return _activate(job)
             case CountJob():
-                return Counted(examples=count_examples(job.data, job.limits))
+                return Counted(examples=count_examples(job.data))
 
     def _train(self, job: TrainJob, say: Say, stop: Callable[[], bool]) -> Trained | Interrupted:
         manifest = PlanManifest.decode(_read(job.manifest))

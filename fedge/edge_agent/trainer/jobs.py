@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.engines import EngineName
-from fedge.edge_agent.example_limits import DEFAULT_LIMITS, ExampleLimits
+from fedge.edge_agent.example_limits import ExampleLimits
 from fedge.edge_agent.training_settings import TrainingSettings
 from fedge.schemas.blobs import (
     DEFAULT_CHUNK_BYTES,
@@ -208,7 +208,8 @@ no answer but that training's own."""
 class TrainJob(_Line):
     """Train from `weights` and write the update, a safetensors file, to `output`.
 
-    `manifest`, `train_graph`, `weights`, `vocabulary`: paths of verified blobs. `checkpoint`: where
+    `manifest`, `train_graph`, `weights`, `vocabulary`: paths of verified blobs. `limits`: of an
+    example store. `checkpoint`: where
     it is left when it is told to stop, and looked for at the beginning; None: no such thing.
     """
 
@@ -218,7 +219,7 @@ class TrainJob(_Line):
     weights: Path
     vocabulary: Path | None = None
     data: DataConfig
-    limits: ExampleLimits = DEFAULT_LIMITS
+    limits: ExampleLimits | None = None
     settings: TrainingSettings
     output: Path
     checkpoint: Path | None = None
@@ -258,7 +259,6 @@ class CountJob(_Line):
 
     job: Literal["count"] = "count"
     data: DataConfig
-    limits: ExampleLimits = DEFAULT_LIMITS
 
     @property
     def answer_type(self) -> type[Counted]:
