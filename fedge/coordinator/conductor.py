@@ -289,7 +289,9 @@ class Conductor:
 
     # ------------------------------------------------------------ carrying out
 
-    def _online_count(self) -> int:
+    def _online_count(self) -> int | None:
+        if not self._around.all_known():
+            return None
         return self._course.online_at_least(len(self._around.online()))
 
     def _feed(self, event: rounds.Event) -> None:

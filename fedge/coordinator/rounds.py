@@ -119,10 +119,13 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class CheckedIn:
-    """A device is ready. `online`: how many devices are known to be connected now."""
+    """A device is ready.
+
+    `online`: how many devices are connected now; None while it is being found out.
+    """
 
     device: str
-    online: int
+    online: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +151,7 @@ class Failed:
 class TimePassed:
     """The clock moved; `online` as in `CheckedIn`."""
 
-    online: int
+    online: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +265,7 @@ def _after_the_end(
 
 
 def _checked_in(
-    state: Round, device: str, online: int, policy: RoundPolicy, now: float
+    state: Round, device: str, online: int | None, policy: RoundPolicy, now: float
 ) -> tuple[Round, Sequence[Command]]:
     if state.phase is Phase.TRAINING:
         # A member that checks in again has lost its assignment on the way: it gets it again.
@@ -273,7 +276,7 @@ def _checked_in(
 
 
 def _time_passed(
-    state: Round, online: int, policy: RoundPolicy, now: float
+    state: Round, online: int | None, policy: RoundPolicy, now: float
 ) -> tuple[Round, Sequence[Command]]:
     if state.phase is Phase.GATHERING:
         return _maybe_begin(state, online, policy, now)
@@ -286,10 +289,10 @@ def _time_passed(
 
 
 def _maybe_begin(
-    state: Round, online: int, policy: RoundPolicy, now: float
+    state: Round, online: int | None, policy: RoundPolicy, now: float
 ) -> tuple[Round, Sequence[Command]]:
     ready = len(state.ready)
-    everybody_is_here = ready >= max(online, policy.goal)
+    everybody_is_here = online is not None and ready >= max(online, policy.goal)
     time_is_up = now >= state.until and ready >= policy.quorum
     if not (ready >= policy.cohort_size or everybody_is_here or time_is_up):
         return state, ()

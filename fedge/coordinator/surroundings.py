@@ -17,7 +17,8 @@ class Surroundings:
     `publish`: has the newest version and the round announced, soon; a next round is opened then.
     `publish_again`: the same, also what was announced before and may have been lost.
     `wake`: the time of the next deadline may have changed. `online`: the devices that are
-    connected now. `clock`: monotonic seconds; `wall_clock`: seconds since the epoch.
+    connected now. `all_known`: whether those are all, as far as anybody can know. `clock`:
+    monotonic seconds; `wall_clock`: seconds since the epoch.
     """
 
     tell: Callable[[str, Message], None]
@@ -26,5 +27,6 @@ class Surroundings:
     publish_again: Callable[[], None]
     wake: Callable[[], None]
     online: Callable[[], frozenset[str]]
+    all_known: Callable[[], bool]
     clock: Callable[[], float]
     wall_clock: Callable[[], float]

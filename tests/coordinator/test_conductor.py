@@ -67,6 +67,7 @@ class Bench:
                 publish_again=lambda: None,
                 wake=lambda: None,
                 online=lambda: frozenset("abc"),
+                all_known=lambda: True,
                 clock=lambda: self.now,
                 wall_clock=lambda: 1000.0 + self.now,
             ),

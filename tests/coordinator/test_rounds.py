@@ -76,6 +76,20 @@ def test_a_round_begins_when_everybody_who_is_online_is_ready_and_the_goal_can_b
     assert played.feed(CheckedIn("c", online=3)) == [Assign(("a", "b", "c"))]
 
 
+def test_while_devices_are_still_being_found_those_who_are_ready_are_not_everybody() -> None:
+    played = gathering()
+    for name in "abc":
+        assert played.feed(CheckedIn(name, online=None)) == []
+    assert played.state.phase is Phase.GATHERING
+    assert Assign(("a", "b", "c")) in played.feed(TimePassed(online=3))
+
+
+def test_a_full_cohort_begins_also_while_devices_are_still_being_found() -> None:
+    played = gathering()
+    commands = [command for name in "abcd" for command in played.feed(CheckedIn(name, None))]
+    assert [type(command) for command in commands] == [Assign]
+
+
 def test_after_its_time_a_round_begins_with_a_quorum() -> None:
     played = gathering()
     played.feed(CheckedIn("a", online=9))
@@ -237,8 +251,8 @@ class AnyOrder(RuleBasedStateMachine):
                 assert was_open
                 self.assigned |= set(command.devices)
 
-    @rule(name=names, online=st.integers(0, 7))
-    def check_in(self, name: str, online: int) -> None:
+    @rule(name=names, online=st.integers(0, 7) | st.none())
+    def check_in(self, name: str, online: int | None) -> None:
         self.take(CheckedIn(name, online))
 
     @precondition(lambda self: self.played.state.cohort)
