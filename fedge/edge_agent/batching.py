@@ -16,6 +16,7 @@ import numpy.typing as npt
 from fedge.schemas.plan import Padding
 
 Rows = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Batch:
     epoch: int
     step: int
     rows: Rows
-    mask: npt.NDArray[np.float32]
+    mask: Mask
     count: int
 
 
@@ -82,13 +83,18 @@ def batches(
         for start in range(0, examples, batch_size):
             if step >= steps:
                 return
-            rows = order[start : start + batch_size]
-            count = len(rows)
-            mask = np.ones(count, np.float32)
-            if count < batch_size and padding is Padding.MASK:
-                # A real row, not zeros: features of zeros may divide by zero inside a model.
-                fill = batch_size - count
-                rows = np.concatenate([rows, np.full(fill, rows[0], rows.dtype)])
-                mask = np.concatenate([mask, np.zeros(fill, np.float32)])
-            yield Batch(epoch, step, rows, mask, count)
+            chosen = order[start : start + batch_size]
+            rows, mask = batch_of(chosen, batch_size, padding)
+            yield Batch(epoch, step, rows, mask, len(chosen))
             step += 1
+
+
+def batch_of(rows: Rows, batch_size: int, padding: Padding) -> tuple[Rows, Mask]:
+    """At most `batch_size` rows as a batch and its mask, filled up if `padding` says so."""
+    mask = np.ones(len(rows), np.float32)
+    fill = batch_size - len(rows)
+    if fill == 0 or padding is Padding.EXACT:
+        return rows, mask
+    # A real row, not zeros: features of zeros may divide by zero inside a model.
+    rows = np.concatenate([rows, np.full(fill, rows[0], rows.dtype)])
+    return rows, np.concatenate([mask, np.zeros(fill, np.float32)])

@@ -144,7 +144,7 @@ def _examples(settings: Settings) -> int | None:
         return 0
     from fedge.edge_agent.data.examples import count_examples  # noqa: PLC0415 -- see above
 
-    return count_examples(settings.data)
+    return count_examples(settings.data).training
 
 
 def _word(holds: bool) -> str:

@@ -17,15 +17,14 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from fedge.edge_agent.batching import Batch, Rows, batches, step_count, step_seed
-from fedge.edge_agent.data.examples import Examples
+from fedge.edge_agent.batching import Batch, batches, step_count, step_seed
+from fedge.edge_agent.data.examples import Examples, in_task_scale
 from fedge.edge_agent.engines.protocol import Engine, StepResult
 from fedge.edge_agent.training_settings import TrainingSettings
 from fedge.schemas.errors import TrainingFailed
-from fedge.schemas.features import ImageFeatures
 from fedge.schemas.messages import LossCurve
 from fedge.schemas.plan import PlanManifest
-from fedge.schemas.tensors import Array, Tensors
+from fedge.schemas.tensors import Tensors
 
 MAX_CURVE_POINTS = 2048
 """Of `LossCurve.by_batch`: what a message carries."""
@@ -134,7 +133,7 @@ def train(
     )
     for batch in islice(every, 0 if earlier is None else earlier.step, None):
         result = engine.step(
-            manifest.features.encode(_to_task_scale(examples, batch.rows, manifest)),
+            manifest.features.encode(in_task_scale(examples, batch.rows, manifest.features)),
             manifest.target.encode(examples.raw_targets[batch.rows]),
             batch.mask,
             lr=settings.learning_rate,
@@ -155,17 +154,6 @@ def train(
     return TrainingResult(
         delta, examples.examples, steps, record.curve(), record.measures(manifest), training_s
     )
-
-
-def _to_task_scale(examples: Examples, rows: Rows, manifest: PlanManifest) -> Array:
-    """The raw inputs of these rows; an image file's 0..255 as the task's 0..`raw_max`."""
-    raw = examples.raw_inputs[rows]
-    features = manifest.features
-    if examples.full_scale is None or not isinstance(features, ImageFeatures):
-        return raw
-    if examples.full_scale == features.raw_max:
-        return raw
-    return raw * np.float32(features.raw_max / examples.full_scale)
 
 
 def no_training(manifest: PlanManifest, examples: int) -> TrainingResult:

@@ -61,9 +61,10 @@ class HandMadePlan:
     golden: bytes
 
     def write(self, folder: Path) -> None:
-        """manifest.json, train.onnx, infer.onnx, golden.safetensors."""
+        """manifest.json, train.onnx, eval.onnx, infer.onnx, golden.safetensors."""
         (folder / "manifest.json").write_bytes(self.manifest.encode())
         (folder / "train.onnx").write_bytes(self.train)
+        (folder / "eval.onnx").write_bytes(self.eval)
         (folder / "infer.onnx").write_bytes(self.infer)
         (folder / "golden.safetensors").write_bytes(self.golden)
 

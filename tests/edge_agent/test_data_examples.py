@@ -53,7 +53,7 @@ def test_idx_labels_are_found_beside_the_images(tmp_path):
     examples = open_examples(DataConfig(path=path))
     np.testing.assert_array_equal(examples.raw_inputs, images)
     np.testing.assert_array_equal(examples.raw_targets, labels)
-    assert len(examples) == count_examples(DataConfig(path=path)) == 12
+    assert len(examples) == count_examples(DataConfig(path=path)).training == 12
 
 
 def test_a_plain_idx_file_is_mapped_and_a_part_of_it_is_copied(tmp_path):
@@ -72,7 +72,7 @@ def test_virtual_devices_share_a_data_set_without_overlap(tmp_path):
         share = PartitionConfig(scheme="dirichlet:0.3", index=index, of=3, seed=5)
         config = DataConfig(path=path, partition=share)
         examples = open_examples(config)
-        assert len(examples) == count_examples(config)
+        assert len(examples) == count_examples(config).training
         seen += examples.raw_inputs[:, 0, 0].tolist()
     assert sorted(seen) == images[:, 0, 0].tolist()
 
@@ -82,7 +82,7 @@ def test_the_limit_counts_before_the_partition(tmp_path):
     seen = []
     for index in range(2):
         config = DataConfig(path=path, limit=6, partition=PartitionConfig(index=index, of=2))
-        assert count_examples(config) == 3
+        assert count_examples(config).training == 3
         seen += open_examples(config).raw_inputs[:, 0, 0].tolist()
     assert sorted(seen) == images[:6, 0, 0].tolist()
 
@@ -115,7 +115,7 @@ def test_npz_is_read_under_the_usual_names(tmp_path, keys):
     examples = open_examples(config)
     np.testing.assert_array_equal(examples.raw_inputs, x[:4])
     np.testing.assert_array_equal(examples.raw_targets, y[:4])
-    assert count_examples(config) == 4
+    assert count_examples(config).training == 4
 
 
 def test_npz_with_other_names_asks_for_the_keys(tmp_path):
@@ -155,7 +155,7 @@ def test_csv_takes_its_targets_by_name_or_position(tmp_path):
         assert examples.raw_inputs.tolist() == [[1.5, 2], [3, 4]]
         assert examples.raw_targets.tolist() == [0, 1]
         assert examples.raw_targets.dtype == np.int64
-        assert count_examples(config) == 2
+        assert count_examples(config).training == 2
 
 
 def test_csv_without_a_header_loses_no_line(tmp_path):
@@ -164,7 +164,7 @@ def test_csv_without_a_header_loses_no_line(tmp_path):
     config = DataConfig(path=path, delimiter=";")
     assert open_examples(config).raw_inputs.tolist() == [[1, 2], [3, 4]]
     assert open_examples(config).raw_targets.tolist() == [0.5, 1.5]
-    assert count_examples(config) == 2
+    assert count_examples(config).training == 2
 
 
 def test_csv_with_several_targets_gives_one_row_an_example(tmp_path):
@@ -212,7 +212,7 @@ def test_images_come_as_their_pixels(tmp_path, shape):
     assert examples.raw_inputs.dtype == np.uint8
     np.testing.assert_array_equal(examples.raw_inputs, np.stack(pixels))
     assert examples.raw_targets.tolist() == [0, 1, 0]
-    assert count_examples(DataConfig(path=tmp_path, limit=2)) == 2
+    assert count_examples(DataConfig(path=tmp_path, limit=2)).training == 2
 
 
 def test_an_image_of_another_size_is_named(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from fedge.edge_agent.data.config import DataConfig, DataFormat, PartitionConfig
 from fedge.edge_agent.data.examples import count_examples, open_examples
-from fedge.edge_agent.data.texts import read_texts, users_of
+from fedge.edge_agent.data.texts import read_texts, texts_by_user
 from fedge.schemas.errors import ConfigError
 from fedge.schemas.words import Vocabulary, WordEncoder
 
@@ -31,14 +31,14 @@ def messages(tmp_path: Path) -> Path:
 def test_the_examples_are_texts_and_the_rows_are_windows(messages: Path) -> None:
     config = DataConfig(path=messages, user="a")
     found = open_examples(config, WORDS)
-    assert found.examples == count_examples(config) == 2
+    assert found.examples == count_examples(config).training == 2
     # "See you", "Soon", and a sentence of five words in windows of three.
     assert len(found) == 4
     assert found.raw_inputs.shape == found.raw_targets.shape == (4, 3)
 
 
 def test_one_user_is_one_device(messages: Path) -> None:
-    assert users_of(messages) == ["a", "b"]
+    assert texts_by_user(messages) == {"a": 2, "b": 1}
     assert list(read_texts(messages, user="b")) == ["you"]
     assert len(list(read_texts(messages))) == 3
     with pytest.raises(ConfigError, match="no text of user 'z'"):
@@ -50,7 +50,7 @@ def test_a_plain_file_has_one_text_a_line(tmp_path: Path) -> None:
     path.write_text("see you\nsoon\n")
     assert open_examples(DataConfig(path=path), WORDS).examples == 2
     first = DataConfig(path=path, limit=1)
-    assert count_examples(first) == 1
+    assert count_examples(first).training == 1
     second = DataConfig(path=path, partition=PartitionConfig(scheme="ordered", index=1, of=2))
     assert open_examples(second, WORDS).raw_targets[0, 0] == WORDS.vocabulary.number("soon")
 

@@ -19,8 +19,15 @@ from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.data.examples import Examples
 from fedge.edge_agent.engines import EngineName
 from fedge.edge_agent.engines.onnx_engine import OnnxEngine
+from fedge.edge_agent.example_text import Split
 from fedge.edge_agent.trainer import process as trainer_process
-from fedge.edge_agent.trainer.jobs import ActivateJob, CountJob, Progressed, TrainJob
+from fedge.edge_agent.trainer.jobs import (
+    ActivateJob,
+    CountJob,
+    EvaluateJob,
+    Progressed,
+    TrainJob,
+)
 from fedge.edge_agent.trainer.process import (
     TrainerKilled,
     TrainerLimits,
@@ -76,6 +83,14 @@ class Device:
             settings=settings,
             output=self.update,
             engine=EngineName.ONNX,
+        ).model_copy(update=changes)
+
+    def evaluate_job(self, **changes) -> EvaluateJob:
+        return EvaluateJob(
+            manifest=self.folder / "manifest.json",
+            eval_graph=self.folder / "eval.onnx",
+            weights=self.folder / "weights.safetensors",
+            data=self.data,
         ).model_copy(update=changes)
 
     def activate_job(self, **changes) -> ActivateJob:
@@ -187,6 +202,28 @@ def test_zero_steps_give_a_zero_update_and_need_no_graph(device):
         assert (trained.examples, trained.steps, trained.engine) == (30, 0, None)
         found = read_tensors(device.update, device.plan.manifest.update_specs)
         assert not any(delta.any() for delta in found.values())
+
+
+def test_a_version_is_measured_on_the_examples_that_are_held_out(device):
+    data = device.data.model_copy(update={"hold_out": 0.4})
+
+    async def scenario():
+        async with trainer() as process:
+            held_out = await process.run(device.evaluate_job(data=data))
+            trained = await process.run(device.train_job(data=data))
+            both = [await process.run(device.evaluate_job(data=data, side=side)) for side in Split]
+            everything = await process.run(device.evaluate_job(side=Split.TRAINING))
+        return held_out, trained, both, everything
+
+    held_out, trained, both, everything = asyncio.run(scenario())
+    assert held_out.examples == 11
+    assert trained.examples == 19
+    assert held_out in [
+        each.model_copy(update={"evaluation_s": held_out.evaluation_s}) for each in both
+    ]
+    assert sum(each.loss_sum for each in both) == pytest.approx(everything.loss_sum, rel=1e-6)
+    x, y = examples(30)
+    assert everything.loss_sum == pytest.approx(NumpyReference(initial_weights()).loss(x, y) * 30)
 
 
 def test_a_count_needs_no_plan(device):

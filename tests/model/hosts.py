@@ -299,7 +299,7 @@ class Learner:
         match job:
             case CountJob():
                 await asyncio.sleep(rng.choice((0.0, 1.0)))
-                return Counted(examples=self._host.examples)
+                return Counted(examples=self._host.examples, hold_out=0)
             case ActivateJob():
                 await asyncio.sleep(rng.uniform(0.0, 2.0))
                 job.output.write_bytes(b"a model")

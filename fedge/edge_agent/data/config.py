@@ -85,6 +85,9 @@ class DataConfig(_Frozen):
     `ignore_columns` likewise; `header` is true, false, or "auto": a first line with a cell that is
     no number is one.
     Text: of a `.jsonl` file, `user` takes that user's lines only.
+
+    `hold_out`: this share of the device's own examples is never trained on, only measured on; see
+    `fedge.edge_agent.data.hold_out`. An example store has its own, in `[examples]`.
     """
 
     path: Path
@@ -100,11 +103,18 @@ class DataConfig(_Frozen):
     user: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     partition: PartitionConfig | None = None
+    hold_out: Annotated[float, Field(ge=0, le=0.9)] = 0.0
 
     @model_validator(mode="after")
     def _both_keys_or_none(self) -> Self:
         if (self.inputs_key is None) != (self.targets_key is None):
             raise ValueError("set both inputs_key and targets_key, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _a_store_has_its_own_hold_out(self) -> Self:
+        if self.is_store and self.hold_out:
+            raise ValueError("an example store has its own: set hold_out in the table [examples]")
         return self
 
     @property

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedge.edge_agent.data.config import DataConfig, DataFormat
+from fedge.edge_agent.data.hold_out import held_out
 from fedge.edge_agent.data.idx import is_idx, read_idx
 from fedge.edge_agent.data.images import read_images
 from fedge.edge_agent.data.npz import choose_keys, read_array, read_length
@@ -28,6 +29,7 @@ from fedge.edge_agent.example_limits import ExampleLimits
 from fedge.edge_agent.example_store import MAX_TEXTS, ExampleStore
 from fedge.edge_agent.example_text import Split
 from fedge.schemas.errors import ConfigError, StoreError
+from fedge.schemas.features import FeatureSpec, ImageFeatures
 from fedge.schemas.split_schemes import Scheme
 from fedge.schemas.words import WordEncoder
 
@@ -59,6 +61,16 @@ class Examples:
         return len(self) if self.texts is None else self.texts
 
 
+def in_task_scale(examples: Examples, rows: slice | Indices, features: FeatureSpec) -> RawArray:
+    """The raw inputs of these rows; an image file's 0..255 as the task's 0..`raw_max`."""
+    raw = examples.raw_inputs[rows]
+    if examples.full_scale is None or not isinstance(features, ImageFeatures):
+        return raw
+    if examples.full_scale == features.raw_max:
+        return raw
+    return raw * np.float32(features.raw_max / examples.full_scale)
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
     """One opened data set of `length` examples, cut to `DataConfig.limit`."""
@@ -73,10 +85,12 @@ def open_examples(
     config: DataConfig,
     words: WordEncoder | None = None,
     limits: ExampleLimits | None = None,
+    side: Split = Split.TRAINING,
 ) -> Examples:
-    """This device's examples. `words`: makes windows of text, where the plan has word features.
+    """This device's examples on one side of its hold-out.
 
-    `limits`: of an example store, which is not read without them: reading deletes what is too old.
+    `words`: makes windows of text, where the plan has word features. `limits`: of an example store,
+    which is not read without them: reading deletes what is too old.
 
     Raises `ConfigError` if the configuration does not fit what is there, `StoreError` if a file is
     damaged or unreadable; both name the file and, for text, the line.
@@ -87,19 +101,27 @@ def open_examples(
             raise ConfigError(f"{config.path} holds texts, and the task is not about words")
         generation = None
         if data_format is DataFormat.TEXT:
-            texts = _own_texts(config)
+            texts = _side_of_texts(_own_texts(config), config, side)
         else:
-            generation, texts = _stored_texts(config, limits)
+            generation, texts = _stored_texts(config, limits, side)
         inputs, targets = words.windows(texts)
         return Examples(inputs, targets, texts=len(texts), generation=generation)
     source = _open_source(config, data_format)
     targets = source.read_targets()
-    rows = _own_rows(config, targets)
+    rows = _side_of_rows(_own_rows(config, targets), config, side)
     inputs = source.read_inputs(rows)
     return Examples(_native(inputs), _native(targets[rows]), source.full_scale)
 
 
-def count_examples(config: DataConfig) -> int:
+@dataclass(frozen=True, slots=True)
+class ExampleCounts:
+    """How many examples a device has: to train on, and held out."""
+
+    training: int
+    hold_out: int
+
+
+def count_examples(config: DataConfig) -> ExampleCounts:
     """How many examples `open_examples` would return, without reading inputs where possible.
 
     Not of an example store: see `TypedTexts.count`. Raises as `open_examples` does, for what it
@@ -108,6 +130,12 @@ def count_examples(config: DataConfig) -> int:
     data_format = _format_of(config)
     if data_format is DataFormat.STORE:
         raise _only_its_agent(config)
+    length = _count_rows(config, data_format)
+    hold_out = int(held_out(length, config.hold_out).sum())
+    return ExampleCounts(length - hold_out, hold_out)
+
+
+def _count_rows(config: DataConfig, data_format: DataFormat) -> int:
     if data_format is DataFormat.TEXT:
         return len(_own_texts(config))
     source = _open_source(config, data_format)
@@ -142,13 +170,15 @@ def split_to_files(
     return paths
 
 
-def _stored_texts(config: DataConfig, limits: ExampleLimits | None) -> tuple[int, list[str]]:
+def _stored_texts(
+    config: DataConfig, limits: ExampleLimits | None, side: Split
+) -> tuple[int, list[str]]:
     if limits is None:
         raise _only_its_agent(config)
     with ExampleStore(config.path, limits) as store:
         # Before the first is read: what is forgotten from now on is noticed.
         generation = store.generation()
-        typed = store.read(Split.TRAINING)
+        typed = store.read(side)
         return generation, [one.text for one in islice(typed, config.limit or MAX_TEXTS)]
 
 
@@ -170,6 +200,19 @@ def _own_rows(config: DataConfig, targets: RawArray) -> slice | Indices:
     if share is None:
         return slice(len(targets))
     return partition(targets, share.scheme, share.of, share.seed)[share.index]
+
+
+def _side_of_texts(texts: list[str], config: DataConfig, side: Split) -> list[str]:
+    rows = _side_of_rows(slice(len(texts)), config, side)
+    return texts[rows] if isinstance(rows, slice) else [texts[row] for row in rows]
+
+
+def _side_of_rows(rows: slice | Indices, config: DataConfig, side: Split) -> slice | Indices:
+    if config.hold_out == 0 and side is Split.TRAINING:
+        return rows
+    own = np.arange(rows.stop) if isinstance(rows, slice) else rows
+    is_held_out = held_out(len(own), config.hold_out)
+    return own[is_held_out if side is Split.HOLD_OUT else ~is_held_out]
 
 
 def _native(values: RawArray) -> RawArray:

@@ -8,13 +8,12 @@ is not used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
 from fedge.edge_agent.engines.interface import measure_names
+from fedge.edge_agent.engines.onnx_evaluator import OnnxEvaluator
 from fedge.edge_agent.engines.onnx_session import RUNTIME_ERRORS, dtype_of, open_session
 from fedge.edge_agent.engines.protocol import Evaluation, Mask, StepResult
 from fedge.schemas.errors import PlanRefused, TrainingFailed
@@ -40,7 +39,9 @@ class OnnxEngine:
     ) -> None:
         self._manifest = manifest
         self._session = open_session(train_graph, threads=threads)
-        self._evaluator = _Evaluator(manifest, eval_graph, threads) if eval_graph else None
+        self._evaluator = (
+            OnnxEvaluator(manifest, eval_graph, threads=threads) if eval_graph else None
+        )
         moving = _moving_specs(manifest)
         outputs = {argument.name: argument for argument in self._session.get_outputs()}
         self._lr = np.zeros((), np.float32)
@@ -125,23 +126,6 @@ class OnnxEngine:
             self._fixed[w.graph_name] if w.role == "frozen" else side[w.graph_name]
             for w in self._manifest.weights
         ]
-
-
-class _Evaluator:
-    """The `eval` graph: no state of its own, so plain runs do."""
-
-    def __init__(self, manifest: PlanManifest, graph: bytes, threads: int) -> None:
-        self._session = open_session(graph, threads=threads)
-        self._measures = measure_names(manifest)
-
-    def run(self, feeds: Mapping[str, Array]) -> Evaluation:
-        try:
-            values = self._session.run(list(self._measures), feeds)
-        except RUNTIME_ERRORS as error:
-            raise TrainingFailed(f"onnxruntime could not evaluate: {error}") from error
-        loss, *metrics = (float(value.item()) for value in values)
-        names = (name.removeprefix("metric.") for name in self._measures[1:])
-        return Evaluation(loss, dict(zip(names, metrics, strict=True)))
 
 
 def _moving_specs(manifest: PlanManifest) -> dict[str, TensorSpec]:

@@ -43,6 +43,8 @@ from fedge.edge_agent.trainer.jobs import (
     Answer,
     Counted,
     CountJob,
+    Evaluated,
+    EvaluateJob,
     Failed,
     Interrupted,
     Job,
@@ -94,8 +96,11 @@ class Worker:
                 return self._train(job, say, stop)
             case ActivateJob():
                 return _activate(job)
+            case EvaluateJob():
+                return _evaluate(job, stop, self._clock)
             case CountJob():
-                return Counted(examples=count_examples(job.data))
+                counts = count_examples(job.data)
+                return Counted(examples=counts.training, hold_out=counts.hold_out)
 
     def _train(self, job: TrainJob, say: Say, stop: Callable[[], bool]) -> Trained | Interrupted:
         manifest = PlanManifest.decode(_read(job.manifest))
@@ -207,9 +212,30 @@ class _LeftTraining:
         return True
 
 
-def _words(job: TrainJob, manifest: PlanManifest) -> WordEncoder | None:
+def _words(job: TrainJob | EvaluateJob, manifest: PlanManifest) -> WordEncoder | None:
     vocabulary = None if job.vocabulary is None else Vocabulary.decode(_read(job.vocabulary))
     return word_encoder(manifest, vocabulary)
+
+
+def _evaluate(job: EvaluateJob, stop: Callable[[], bool], clock: Callable[[], float]) -> Evaluated:
+    # Only here, as for activation.
+    from fedge.edge_agent.engines.onnx_evaluator import open_evaluator  # noqa: PLC0415
+    from fedge.edge_agent.evaluation import evaluate  # noqa: PLC0415
+
+    started = clock()
+    manifest = PlanManifest.decode(_read(job.manifest))
+    examples = open_examples(job.data, _words(job, manifest), job.limits, job.side)
+    evaluator = open_evaluator(manifest, _read(job.eval_graph), threads=job.threads)
+    weights = read_tensors(job.weights, manifest.weight_specs)
+    sums = evaluate(evaluator, manifest, weights, examples, stop=stop)
+    return Evaluated(
+        examples=sums.examples,
+        rows=sums.rows,
+        loss_sum=sums.loss_sum,
+        metrics=sums.metrics,
+        evaluation_s=clock() - started,
+        generation=examples.generation,
+    )
 
 
 def _activate(job: ActivateJob) -> Activated:

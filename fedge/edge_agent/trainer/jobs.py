@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.engines import EngineName
 from fedge.edge_agent.example_limits import ExampleLimits
+from fedge.edge_agent.example_text import Split
 from fedge.edge_agent.training_settings import TrainingSettings
 from fedge.schemas.blobs import (
     DEFAULT_CHUNK_BYTES,
@@ -119,11 +120,27 @@ class Activated(_Line):
     largest_difference: float
 
 
+class Evaluated(_Line):
+    """What a version is worth here: sums. See `evaluation.MeasuredSums`.
+
+    `generation`: as in `Trained`.
+    """
+
+    answer: Literal["evaluated"] = "evaluated"
+    examples: int
+    rows: int
+    loss_sum: float
+    metrics: dict[str, float]
+    evaluation_s: float
+    generation: int | None = None
+
+
 class Counted(_Line):
-    """The device's examples."""
+    """The device's examples: those to train on, and those held out."""
 
     answer: Literal["counted"] = "counted"
     examples: int
+    hold_out: int
 
 
 class FailureKind(StrEnum):
@@ -188,7 +205,7 @@ class Failed(_Line):
         return _PLAIN[self.kind](self.detail)
 
 
-Answer = Progressed | Trained | Interrupted | Activated | Counted | Failed
+Answer = Progressed | Trained | Interrupted | Activated | Evaluated | Counted | Failed
 _ANSWERS: TypeAdapter[Answer] = TypeAdapter(Annotated[Answer, Field(discriminator="answer")])
 
 
@@ -209,8 +226,8 @@ class TrainJob(_Line):
     """Train from `weights` and write the update, a safetensors file, to `output`.
 
     `manifest`, `train_graph`, `weights`, `vocabulary`: paths of verified blobs. `limits`: of an
-    example store. `checkpoint`: where
-    it is left when it is told to stop, and looked for at the beginning; None: no such thing.
+    example store. `checkpoint`: where it is left when it is told to stop, and looked for at the
+    beginning; None: no such thing.
     """
 
     job: Literal["train"] = "train"
@@ -254,6 +271,28 @@ class ActivateJob(_Line):
         return Activated
 
 
+class EvaluateJob(_Line):
+    """Measure `weights` on the device's examples, those held out unless `side` says otherwise.
+
+    The paths are of verified blobs, or of a file that this device made.
+    """
+
+    job: Literal["evaluate"] = "evaluate"
+    manifest: Path
+    eval_graph: Path
+    weights: Path
+    vocabulary: Path | None = None
+    data: DataConfig
+    limits: ExampleLimits | None = None
+    side: Split = Split.HOLD_OUT
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+
+    @property
+    def answer_type(self) -> type[Evaluated]:
+        """What to expect."""
+        return Evaluated
+
+
 class CountJob(_Line):
     """Count the device's examples."""
 
@@ -266,7 +305,7 @@ class CountJob(_Line):
         return Counted
 
 
-Job = TrainJob | ActivateJob | CountJob
+Job = TrainJob | ActivateJob | EvaluateJob | CountJob
 _JOBS: TypeAdapter[Job] = TypeAdapter(Annotated[Job, Field(discriminator="job")])
 
 

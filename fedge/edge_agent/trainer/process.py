@@ -29,6 +29,7 @@ from fedge.edge_agent.trainer.jobs import (
     MAX_LINE_BYTES,
     STOP_LINE,
     ActivateJob,
+    EvaluateJob,
     Failed,
     Interrupted,
     JobFor,
@@ -218,8 +219,8 @@ class TrainerProcess:
             ) from error
 
     def _leave(self, child: Process, job: object) -> bool:
-        """Has a cancelled training stop after its step. False: its process has to be killed."""
-        stoppable = isinstance(job, TrainJob) and not self._interrupted and not self._closed
+        """Has a cancelled job stop after its step. False: its process has to be killed."""
+        stoppable = isinstance(job, TrainJob | EvaluateJob) and not self._interrupted and not self._closed
         if not stoppable or child.returncode is not None:
             return False
         self._leaving = asyncio.create_task(self._stop(child, job), name="trainer-stops")
