@@ -113,7 +113,8 @@ class Contributor:
                     training_s=trained.training_s,
                     loss=trained.loss,
                     metrics=trained.metrics,
-                )
+                ),
+                trained.generation,
             )
         except (FedgeError, TimeoutError) as error:
             if self._suspended:

@@ -40,6 +40,7 @@ class Outbox:
         rows = memory.outbox()
         self._offers = {number: offer for number, offer in rows.items() if offer is not None}
         self._unreadable = rows.keys() - self._offers.keys()
+        self._generations = memory.outbox_generations()
 
     def __contains__(self, number: object) -> bool:
         return number in self._offers
@@ -55,6 +56,10 @@ class Outbox:
     def offer(self, number: int) -> Offer | None:
         """The offer of a round, None if there is none."""
         return self._offers.get(number)
+
+    def generation(self, number: int) -> int | None:
+        """Of the example store that the update was trained on; None if it was none."""
+        return self._generations.get(number)
 
     def path(self, number: int) -> Path:
         """Where the update of a round is, or is to be written."""
@@ -89,20 +94,27 @@ class Outbox:
             return "its file is damaged: it has another digest than when it was written"
         return None
 
-    def keep(self, offer: Offer) -> None:
-        """Keeps the update that was written to `path`, durably. Raises `StoreUnavailable`."""
-        self._memory.put_in_outbox(offer)
+    def keep(self, offer: Offer, generation: int | None = None) -> None:
+        """Keeps the update that was written to `path`, durably. Raises `StoreUnavailable`.
+
+        `generation`: of the example store that it was trained on, if it was one.
+        """
+        self._memory.put_in_outbox(offer, generation)
         self._offers[offer.round] = offer
+        if generation is not None:
+            self._generations[offer.round] = generation
 
     def settle(self, number: int, status: ReceiptStatus, reason: str | None) -> None:
         """Writes down the receipt, durably; `forget` may follow. Raises `StoreUnavailable`."""
         self._memory.settle(number, status, reason)
         self._offers.pop(number, None)
+        self._generations.pop(number, None)
 
     def lose(self, number: int, reason: str) -> None:
         """Writes down that an update was lost, durably. Raises `StoreUnavailable`."""
         self._memory.lose(number, reason)
         self._offers.pop(number, None)
+        self._generations.pop(number, None)
         self._unreadable -= {number}
 
     def forget(self, number: int) -> None:

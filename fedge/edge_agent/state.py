@@ -40,6 +40,10 @@ CREATE TABLE IF NOT EXISTS outbox (
     sha256 TEXT NOT NULL,
     offer TEXT NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS outbox_generations (
+    round INTEGER PRIMARY KEY,
+    generation INTEGER NOT NULL
+) STRICT;
 CREATE TABLE IF NOT EXISTS ledger (
     round INTEGER PRIMARY KEY,
     base INTEGER NOT NULL,
@@ -167,9 +171,18 @@ class AgentState:
 
     # ------------------------------------------------------------ outbox and ledger
 
-    def put_in_outbox(self, offer: Offer) -> None:
-        """Keeps an offer until its receipt, and opens its line in the ledger."""
+    def put_in_outbox(self, offer: Offer, generation: int | None = None) -> None:
+        """Keeps an offer until its receipt, and opens its line in the ledger.
+
+        `generation`: of the example store that it was trained on, if it was one.
+        """
         with self._transaction():
+            if generation is not None:
+                self._run(
+                    "INSERT OR REPLACE INTO outbox_generations VALUES (?, ?)",
+                    offer.round,
+                    generation,
+                )
             self._run(
                 "INSERT OR REPLACE INTO outbox VALUES (?, ?, ?)",
                 offer.round,
@@ -202,6 +215,11 @@ class AgentState:
                 except ValidationError:
                     offers[number] = None
         return offers
+
+    def outbox_generations(self) -> dict[int, int]:
+        """For the offers that were trained on an example store: its generation, by round."""
+        with closing(self._run("SELECT round, generation FROM outbox_generations")) as rows:
+            return dict(rows)
 
     def settle(self, number: int, status: ReceiptStatus, reason: str | None) -> None:
         """Removes a round from the outbox and writes its end into the ledger."""
@@ -252,6 +270,7 @@ class AgentState:
     def _end(self, number: int, status: str, reason: str | None) -> None:
         with self._transaction():
             self._run("DELETE FROM outbox WHERE round = ?", number)
+            self._run("DELETE FROM outbox_generations WHERE round = ?", number)
             self._run(
                 "UPDATE ledger SET status = ?, reason = ? WHERE round = ?", status, reason, number
             )

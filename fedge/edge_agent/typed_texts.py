@@ -7,7 +7,8 @@ and nobody tells. What the texts say is read by the training process alone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Awaitable, Callable
 
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.example_limits import ExampleLimits
@@ -28,6 +29,11 @@ class TypedTexts:
         self._device = device
         self._data = data
         self.limits = limits
+        self._woken = asyncio.Event()
+
+    def look_again(self) -> None:
+        """Texts were added or forgotten in this process: the next count is at once."""
+        self._woken.set()
 
     def count(self) -> int:
         """The texts to train on. Raises as `ExampleStore`."""
@@ -39,13 +45,21 @@ class TypedTexts:
         with ExampleStore(self._data.path, self.limits) as store:
             return store.generation()
 
-    async def keep_counting(self, counted: Callable[[int], None]) -> None:
-        """Tells the number of texts whenever it has changed, until cancelled."""
+    async def keep_counting(
+        self, counted: Callable[[int], None], forgotten: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Tells the number of texts whenever it has changed, until cancelled.
+
+        `forgotten`: called when something was forgotten since the last look.
+        """
         known: int | None = None
+        generation: int | None = None
         while True:
+            self._woken.clear()
             try:
                 # It may wait for an app's transaction, or make the file smaller.
                 found = await asyncio.to_thread(self.count)
+                before, generation = generation, await asyncio.to_thread(self.generation)
             except FedgeError as error:
                 log.warning("examples_not_counted", device=self._device, reason=str(error))
             else:
@@ -53,4 +67,8 @@ class TypedTexts:
                     log.info("examples_counted", device=self._device, examples=found)
                     known = found
                     counted(found)
-            await asyncio.sleep(COUNT_AGAIN_S)
+                if before not in (None, generation):
+                    await forgotten()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(COUNT_AGAIN_S):
+                    await self._woken.wait()

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from fedge.edge_agent import offers
+from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.events import Event, UpdateLost
+from fedge.edge_agent.example_limits import ExampleLimits
+from fedge.edge_agent.example_store import ExampleStore
 from fedge.edge_agent.offers import Offers
 from fedge.edge_agent.outbox import Outbox
 from fedge.edge_agent.state import AgentState
 from fedge.edge_agent.storage_watch import StorageWatch
+from fedge.edge_agent.typed_texts import TypedTexts
 from fedge.schemas.blobs import BlobRef, describe
 from fedge.schemas.errors import StoreUnavailable
 from fedge.schemas.messages import LossCurve, Offer, ReceiptStatus
@@ -43,7 +47,11 @@ class Bench:
         self.sent: list[int] = []
         self.sent_thrice = asyncio.Event()
         self.fed: list[Event] = []
+        self.stopped: list[str] = []
         self.chunk_bytes: int | None = None
+        limits = ExampleLimits()
+        self.store = ExampleStore(folder / "examples.sqlite", limits)
+        self.typed = TypedTexts("d", DataConfig(path=folder / "examples.sqlite"), limits)
         self.restart()
 
     def restart(self) -> None:
@@ -57,7 +65,9 @@ class Bench:
             connected=lambda: True,
             fitting=self._fitting,
             send=self._send,
+            stop=self.stopped.append,
             feed=self.fed.append,
+            typed=self.typed,
         )
 
     async def _fitting(self, update: BlobRef, _path: Path) -> BlobRef:
@@ -65,9 +75,10 @@ class Bench:
             return update
         return describe(UPDATE, self.chunk_bytes)
 
-    def train(self, number: int) -> None:
+    def train(self, number: int, *, on_what_was_typed: bool = False) -> None:
         self.outbox.path(number).write_bytes(UPDATE)
-        self.outbox.keep(offer(number))
+        generation = self.typed.generation() if on_what_was_typed else None
+        self.outbox.keep(offer(number), generation)
 
     async def _send(self, sent: Offer) -> None:
         self.offered_chunk_bytes = sent.update.chunk_bytes
@@ -95,6 +106,47 @@ def test_an_update_is_offered_again_and_again_until_its_receipt(bench: Bench) ->
         await bench.offers.offer(1)
         assert bench.sent == [1] * 5
         assert list((bench.folder / "outbox").iterdir()) == []
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_update_made_from_a_text_that_was_taken_back_is_never_offered_again(
+    bench: Bench, restarted: bool
+) -> None:
+    async def scenario() -> None:
+        number = bench.store.add("On my way home")
+        bench.train(1, on_what_was_typed=True)
+        bench.train(2)
+        await bench.offers.offer(1)
+        bench.store.forget_ids([number])
+        bench.train(3, on_what_was_typed=True)
+        if restarted:
+            bench.restart()
+        await bench.offers.withdraw()
+        for each in (1, 2, 3):
+            await bench.offers.offer(each)
+        assert bench.sent == [1, 2, 3]
+        assert bench.lost() == [1]
+        assert bench.stopped == [offer(1).update.sha256]
+        assert [line.status for line in bench.memory.ledger()] == ["lost", "offered", "offered"]
+        assert bench.memory.outbox_generations().keys() == {3}
+
+    asyncio.run(scenario())
+
+
+def test_an_update_waits_while_nobody_can_say_whether_it_was_taken_back(bench: Bench) -> None:
+    async def scenario() -> None:
+        bench.train(1, on_what_was_typed=True)
+        bench.store.close()
+        store = bench.folder / "examples.sqlite"
+        whole = store.read_bytes()
+        store.write_bytes(b"no database" * 500)
+        await bench.offers.offer(1)
+        assert (bench.sent, bench.lost()) == ([], [])
+        store.write_bytes(whole)
+        await bench.offers.offer(1)
+        assert bench.sent == [1]
 
     asyncio.run(scenario())
 
