@@ -13,12 +13,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import Connection, func, select, text, true
+from sqlalchemy import Connection, false, func, select, text, true
 
 from fedge.coordinator.backup import BLOBS, UPLOADS, Progress, accepted_files
+from fedge.coordinator.rollouts import Phase
 from fedge.coordinator.store import Collected, Outcome, ParticipantStatus, Retention, Store, schema
 from fedge.coordinator.store.database import DATABASE_FILE
-from fedge.coordinator.store.tables import participants, rounds, versions
+from fedge.coordinator.store.rollouts import is_open, staged_versions
+from fedge.coordinator.store.tables import (
+    evaluations,
+    participants,
+    rollouts,
+    rounds,
+    versions,
+)
 from fedge.schemas.errors import FedgeError, StoreError, StoreUnavailable
 
 LITTLE_SPACE_BYTES = 200 * 1024 * 1024
@@ -70,6 +78,8 @@ def check(
     problems = [*_check_database(store), *_check_owner(store)]
     with store.database.read() as connection:
         problems += _check_promises(connection)
+        problems += _check_rollouts(connection)
+        problems += _check_evaluations(connection)
         counts = [
             connection.scalar(select(func.count()).select_from(table)) or 0
             for table in (versions, rounds)
@@ -173,6 +183,42 @@ def _check_promises(connection: Connection) -> Iterator[Problem]:
         )
     ):
         yield Problem(f"round {number} made a version of no accepted update", report)
+
+
+def _check_evaluations(connection: Connection) -> Iterator[Problem]:
+    report = "this breaks a promise of Fedge: please report it, with the log of that evaluation"
+    for number in connection.scalars(
+        select(evaluations.c.number).where(
+            evaluations.c.closed_at.is_not(None), evaluations.c.reason == ""
+        )
+    ):
+        yield Problem(f"evaluation {number} was closed without a reason", report)
+    measured = evaluations.join(versions, versions.c.number == evaluations.c.version)
+    for number in connection.scalars(
+        select(evaluations.c.number)
+        .select_from(measured)
+        .where(evaluations.c.closed_at.is_(None), versions.c.files_kept == false())
+    ):
+        yield Problem(f"evaluation {number} is open, and its version has no files", report)
+
+
+def _check_rollouts(connection: Connection) -> Iterator[Problem]:
+    report = "this breaks a promise of Fedge: please report it, with the log of that rollout"
+    numbers = list(connection.scalars(select(rollouts.c.number).where(is_open())))
+    if len(numbers) > 1:
+        yield Problem(f"rollouts {numbers} are under way at the same time", report)
+    without = versions.c.number.in_(staged_versions(connection)) & (
+        versions.c.files_kept == false()
+    )
+    for number in connection.scalars(select(versions.c.number).where(without)):
+        yield Problem(
+            f"version {number} is served or rolled out, and its files were deleted", report
+        )
+    stopped = rollouts.c.phase.in_((Phase.HALTED.value, Phase.ABORTED.value))
+    for number in connection.scalars(
+        select(rollouts.c.number).where(stopped, rollouts.c.reason == "")
+    ):
+        yield Problem(f"rollout {number} was stopped without a reason", report)
 
 
 def _named(store: Store) -> tuple[dict[str, str], Problem | None]:

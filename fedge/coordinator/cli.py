@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +14,12 @@ from fedge import __version__
 from fedge.coordinator.command_options import config_option as _config
 from fedge.coordinator.command_options import json_option as _json
 from fedge.coordinator.db_commands import db, open_store
+from fedge.coordinator.evaluation_commands import evaluate, evaluation
+from fedge.coordinator.rollout_commands import rollout
+from fedge.coordinator.running import tell_to_look
 from fedge.coordinator.tasks import BUILT_IN_TASKS
-from fedge.schemas.errors import ConfigError
+from fedge.coordinator.vocabulary_commands import vocabulary
+from fedge.schemas.errors import ConfigError, StoreError
 from fedge.schemas.logs import set_up_logging
 from fedge.schemas.process import (
     errors_as_exit_status,
@@ -28,6 +30,7 @@ from fedge.schemas.process import (
 if TYPE_CHECKING:
     from fedge.coordinator.settings import Settings
     from fedge.coordinator.store import RoundReport, Store, VersionRecord
+    from fedge.schemas.plan import PlanManifest
 
 # Imports below are inside the commands: only `serve` and `demo` need torch, which takes seconds.
 
@@ -41,6 +44,8 @@ def cli() -> None:
     See it work:          fedge demo
     Run a coordinator:    fedge serve --config fedge.toml
     Look at what it did:  fedge round list, fedge round show N, fedge version list
+    How good is it:       fedge evaluate
+    Who gets it, when:    fedge rollout status
     Keep it safe:         fedge db check, fedge db backup PATH
 
     \b
@@ -232,7 +237,8 @@ def version_show(number: int, config_path: Path, as_json: bool) -> None:
     from fedge.coordinator import reports  # noqa: PLC0415 -- as above
 
     with _store(config_path) as store:
-        reports.show_version(_version(store, number), as_json=as_json)
+        found = _version(store, number)
+        reports.show_version(found, _plan(store, found), as_json=as_json)
 
 
 @version.command("export")
@@ -260,9 +266,12 @@ def version_rollback(number: int, config_path: Path) -> None:
 
     Numbers never go back: after a rollback from 12 to 9 the newest version is 13, equal to 9. A
     round that was under way is abandoned, since its base is no longer the newest version.
+
+    With [rollout] mode "staged" or "manual" this changes what devices train from, and not yet what
+    apps use: the new version is rolled out as any other. To take a version back from apps while its
+    rollout is under way: fedge rollout abort.
     """
     from fedge.coordinator.export import rolled_back  # noqa: PLC0415 -- as above
-    from fedge.schemas.state_lock import StateLock  # noqa: PLC0415 -- as above
 
     with _store(config_path) as store:
         newest = store.newest_version()
@@ -271,21 +280,28 @@ def version_rollback(number: int, config_path: Path) -> None:
             raise ConfigError(f"version {number} is the newest already")
         made = rolled_back(newest, target, time.time())
         store.record_version(made, copy_of=number)
-    click.echo(f"version {made.number} has the weights of version {number}")
-    pid = StateLock.holder(_settings(config_path).state_dir)
+        click.echo(f"version {made.number} has the weights of version {number}")
+        _say_what_apps_use(store, made)
+    pid = tell_to_look(_settings(config_path).state_dir)
     if pid is None:
         click.echo("no coordinator is running: it is published at the next start")
         return
-    try:
-        os.kill(pid, signal.SIGHUP)
-    except ProcessLookupError:
-        click.echo("the coordinator has just ended: it is published at the next start")
-        return
-    except PermissionError as error:
-        raise ConfigError(
-            f"the coordinator (process {pid}) runs as another user: send it SIGHUP"
-        ) from error
     click.echo(f"told the coordinator (process {pid}) to publish it")
+
+
+def _say_what_apps_use(store: Store, made: VersionRecord) -> None:
+    stable, running = store.stable_version(), store.newest_rollout()
+    if stable is None:
+        return
+    click.echo(
+        f"apps go on using version {stable} until version {made.number} is rolled out: by itself "
+        f'with [rollout] mode "staged", else fedge rollout start --version {made.number}'
+    )
+    if running is not None and running.ended_at is None:
+        click.echo(
+            f"rollout {running.number} of version {running.version} goes on: to end it, "
+            "fedge rollout abort"
+        )
 
 
 # ---------------------------------------------------------------- rounds and devices
@@ -336,6 +352,10 @@ def device_list(config_path: Path, as_json: bool) -> None:
 
 
 cli.add_command(db)
+cli.add_command(evaluate)
+cli.add_command(evaluation)
+cli.add_command(rollout)
+cli.add_command(vocabulary)
 
 
 def main() -> None:
@@ -372,6 +392,16 @@ def _version(store: Store, number: int) -> VersionRecord:
     if found is None:
         raise ConfigError(f"there is no version {number}; `fedge version list` shows them")
     return found
+
+
+def _plan(store: Store, version: VersionRecord) -> PlanManifest | None:
+    from fedge.schemas.plan import PlanManifest  # noqa: PLC0415 -- as above
+
+    try:
+        return PlanManifest.decode(store.blobs.read(version.plan_sha256))
+    except StoreError:
+        # What is known of the version is worth telling without it.
+        return None
 
 
 def _round(store: Store, number: int) -> RoundReport:

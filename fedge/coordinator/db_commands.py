@@ -277,7 +277,7 @@ def _show_checkup(found: Checkup) -> None:
         "free": _mib(found.free_bytes),
         "to be freed": f"{_mib(would.bytes_freed)}: files of {would.versions} versions and "
         f"leftovers ({would.blobs} files), details of {would.rounds} rounds, {would.devices} "
-        "devices",
+        f"devices, {would.evaluations} evaluations",
     }.items():
         click.echo(f"{name:<12}{value}")
     for problem in found.problems:

@@ -1,8 +1,9 @@
 """Distribution: which blobs lie on the broker now, and that nothing else does.
 
-The newest version and its plan are wanted, and the version before for devices in the middle of it.
-What is put on the broker is noted in the store first, so what a killed coordinator left there is
-found and taken back. Announcements and rounds are others' business.
+The newest version and its plan are wanted, and the version before for devices in the middle of it;
+an older one while somebody holds it, because devices measure it. What is put on the broker is noted
+in the store first, so what a killed coordinator left there is found and taken back. Announcements
+and rounds are others' business.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class Distribution:
         self._plan_blobs = plan
         self._clock = clock
         self._wanted: tuple[BlobRef, ...] = ()
+        self._held: dict[Digest, BlobRef] = {}
+        self._kept: tuple[BlobRef, ...] = ()
         self._noted: set[Digest] = set()
         self._repeated_at: dict[Digest, float] = {}
         # A rollback may want a blob again that is being taken back.
@@ -55,11 +58,31 @@ class Distribution:
         """
         self._wanted = (*self._plan_blobs, version.weights, version.golden)
         async with self._one_at_a_time:
-            await self._note(self._wanted)
-            await self._publisher.seed(self._wanted)
+            wanted = (*self._wanted, *self._kept)
+            await self._note(wanted)
+            await self._publisher.seed(wanted)
+
+    async def hold(self, ref: BlobRef) -> None:
+        """Returns when the blob is on the broker, which keeps it until `let_go`.
+
+        Raises as `bring` does, and is held all the same. Again after a reconnect, it is put there
+        again if the broker may have lost it.
+        """
+        self._held[ref.sha256] = ref
+        async with self._one_at_a_time:
+            await self._note([ref])
+            await self._publisher.seed([ref])
+
+    def let_go(self, ref: BlobRef) -> None:
+        """The next `clear_before` takes it back, unless it is wanted for something else."""
+        self._held.pop(ref.sha256, None)
+
+    def keep(self, refs: Iterable[BlobRef]) -> None:
+        """From now on these are on the broker beside the newest version, from the next `bring`."""
+        self._kept = tuple(refs)
 
     async def clear_before(self, newest: VersionRecord) -> None:
-        """Takes back everything but the two newest versions and the plan."""
+        """Takes back everything but the two newest versions, what is held, and the plan."""
         before, retained = await self._workers.durable(
             lambda: (self._store.version(newest.number - 1), self._store.retained())
         )
@@ -70,14 +93,14 @@ class Distribution:
         for sha256, chunk_count in retained.items():
             async with self._one_at_a_time:
                 # `_wanted`: meanwhile a newer version may be on its way to the broker.
-                if sha256 in kept or any(ref.sha256 == sha256 for ref in self._wanted):
+                if sha256 in kept or any(ref.sha256 == sha256 for ref in self._all_wanted()):
                     continue
                 await self._publisher.clear(sha256, chunk_count)
                 await self._workers.durable(partial(self._store.forget_retained, [sha256]))
                 self._noted.discard(sha256)
 
     async def repeat(self, sha256: Digest, missing: ChunkSet) -> None:
-        """Publishes chunks that a device did not find, if they belong to the newest version.
+        """Publishes chunks that a device did not find, if they are of the newest version, or held.
 
         A device waits longer than `REPEAT_S` before it asks again; those who miss the same chunks
         miss them together.
@@ -86,7 +109,7 @@ class Distribution:
         self._repeated_at = {s: t for s, t in self._repeated_at.items() if now - t < REPEAT_S}
         if sha256 in self._repeated_at:
             return
-        for ref in self._wanted:
+        for ref in self._all_wanted():
             if ref.sha256 == sha256 and ref.chunk_count == missing.chunk_count:
                 self._repeated_at[sha256] = now
                 try:
@@ -94,6 +117,9 @@ class Distribution:
                 except StoreError as error:
                     # The device says again what it misses.
                     log.error("not_repeated", sha256=sha256[:12], reason=str(error))
+
+    def _all_wanted(self) -> tuple[BlobRef, ...]:
+        return (*self._wanted, *self._kept, *self._held.values())
 
     async def _note(self, refs: Iterable[BlobRef]) -> None:
         fresh = [ref for ref in refs if ref.sha256 not in self._noted]

@@ -7,7 +7,7 @@ a device would get. It knows no model code: a version's tensors go in by their g
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensors import Tensors
 
 DEFAULT_BATCH_SIZE = 256
+INT8_PREFIX = "int8_"
+"""Of the name of what a version's inference file gives, where its weights are int8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,13 @@ class Evaluation:
     examples: int
     loss: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def beside(float32: Evaluation, int8: Evaluation) -> Evaluation:
+    """One evaluation of a version with both: what its int8 weights give is named `int8_…`."""
+    measures = {"loss": int8.loss, **int8.metrics}
+    named = {f"{INT8_PREFIX}{name}": value for name, value in measures.items()}
+    return replace(float32, metrics={**float32.metrics, **named})
 
 
 class Evaluator:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fedge.coordinator.store import Store, VersionRecord
 from fedge.schemas.errors import ConfigError, StoreError
-from fedge.schemas.ids import sha256
+from fedge.schemas.ids import Digest, sha256
 from fedge.schemas.model_file import complete_model
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensors import read_tensors
+
+if TYPE_CHECKING:
+    from fedge.coordinator.release import Release  # imports torch
 
 
 def export_model(store: Store, version: VersionRecord) -> bytes:
@@ -34,7 +39,8 @@ def rolled_back(newest: VersionRecord, target: VersionRecord, now: float) -> Ver
     _check_files(target)
     if newest.plan_sha256 != target.plan_sha256:
         raise StoreError(
-            f"version {target.number} belongs to another plan than version {newest.number}"
+            f"version {target.number} belongs to another plan than version {newest.number}; if "
+            "[export] quantization was changed since, change it back first"
         )
     return VersionRecord(
         number=newest.number + 1,
@@ -47,6 +53,29 @@ def rolled_back(newest: VersionRecord, target: VersionRecord, now: float) -> Ver
         base=newest.number,
         metrics=target.metrics,
         note=f"rollback of {newest.number} to {target.number}",
+    )
+
+
+def requantized(
+    newest: VersionRecord, plan_sha256: Digest, release: Release, now: float, note: str
+) -> VersionRecord:
+    """A new version with the weights of the newest, whose file is another plan's `release` of them.
+
+    The server optimizer goes on: what it remembers is of the same weights. Raises `ConfigError` if
+    the newest version's files were deleted.
+    """
+    _check_files(newest)
+    return VersionRecord(
+        number=newest.number + 1,
+        plan_sha256=plan_sha256,
+        weights=newest.weights,
+        golden=release.golden_ref,
+        model_sha256=release.model_sha256,
+        model_bytes=release.model_bytes,
+        created_at=now,
+        base=newest.number,
+        server_state=newest.server_state,
+        note=note,
     )
 
 

@@ -81,6 +81,6 @@ class Postbox:
 
 
 def _expiry_s(message: Message) -> float | None:
-    if isinstance(message, messages.Assignment):
+    if isinstance(message, messages.Assignment | messages.EvaluationRequest):
         return max(1.0, message.deadline_s)
     return _EXPIRY_S.get(type(message))

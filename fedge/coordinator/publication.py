@@ -15,6 +15,7 @@ from typing import Any
 from fedge.coordinator.conductor import Conductor
 from fedge.coordinator.distribution import Distribution
 from fedge.coordinator.publisher import Publisher, announcement_of
+from fedge.coordinator.rollout_desk import RolloutDesk
 from fedge.coordinator.store import VersionRecord
 from fedge.coordinator.succession import Succession
 from fedge.schemas.blobs import BlobRef
@@ -50,6 +51,7 @@ class Publication:
         is_up: Callable[[], bool],
         payload_limit_bytes: Callable[[], int],
         published: Callable[[VersionRecord], None],
+        rollouts: RolloutDesk,
     ) -> None:
         self._plan = plan
         self._publisher = publisher
@@ -59,6 +61,7 @@ class Publication:
         self._is_up = is_up
         self._payload_limit_bytes = payload_limit_bytes
         self._when_published = published
+        self._rollouts = rollouts
         self._due = asyncio.Event()
         self._published: int | None = None
 
@@ -115,7 +118,9 @@ class Publication:
         self._check_broker_limit()
         await self._distribution.bring(version)
         fresh = version.number != self._published
-        await self._publisher.announce(announcement_of(version, self._plan))
+        await self._rollouts.announce()
+        staged = self._rollouts.is_staged
+        await self._publisher.announce(announcement_of(version, self._plan, staged=staged))
         if fresh:
             self._published = version.number
             log.info(

@@ -26,8 +26,10 @@ ROLL_EXPIRY_S = 60.0
 """A roll is called for those who are there now."""
 
 
-def announcement_of(version: VersionRecord, plan: BlobRef) -> VersionAnnouncement:
-    """What devices are told of a version."""
+def announcement_of(
+    version: VersionRecord, plan: BlobRef, *, staged: bool = False
+) -> VersionAnnouncement:
+    """What devices are told of a version. `staged`: rollouts say when apps use it."""
     return VersionAnnouncement(
         number=version.number,
         plan=plan,
@@ -35,6 +37,7 @@ def announcement_of(version: VersionRecord, plan: BlobRef) -> VersionAnnouncemen
         golden=version.golden,
         model_sha256=version.model_sha256,
         model_bytes=version.model_bytes,
+        staged=True if staged else None,
     )
 
 
@@ -77,6 +80,11 @@ class Publisher:
         await self._control.publish(self._topics.announcement(kind), encode(message), retain=True)
         if generation == self._generation:
             self._announced[kind] = said
+
+    async def withdraw(self, kind: type[Message]) -> None:
+        """Has the broker forget the retained announcement of this kind."""
+        self._announced.pop(kind, None)
+        await self._control.publish(self._topics.announcement(kind), b"", retain=True)
 
     async def call_roll(self, spread_s: float) -> None:
         """Asks every connected device to say that it is there."""

@@ -24,6 +24,7 @@ from fedge.coordinator.store import (
     RoundReport,
     VersionRecord,
 )
+from fedge.schemas.plan import PlanManifest
 
 # Names, details and versions come from devices: nothing in them is markup.
 # What goes into a pipe is for `grep`: no line is cut there.
@@ -35,55 +36,66 @@ console = Console(
 def show_versions(versions: Sequence[VersionRecord], *, as_json: bool) -> None:
     """A line a version."""
     if as_json:
-        _print_json(versions)
+        print_json(versions)
         return
     names = sorted({name for version in versions for name in version.metrics})
-    table = _table("version", "base", "round", "made", *names, "weights", "note")
+    table = plain_table("version", "base", "round", "made", *names, "weights", "model.onnx", "note")
     for version in versions:
         table.add_row(
             str(version.number),
             _or_dash(version.base),
             _or_dash(version.round),
-            _time(version.created_at),
+            utc_time(version.created_at),
             *(_number(version.metrics.get(name)) for name in names),
             f"{version.weights.size_bytes:,} B" if version.files_kept else "deleted",
+            f"{version.model_bytes:,} B",
             version.note,
         )
     console.print(table)
 
 
-def show_version(version: VersionRecord, *, as_json: bool) -> None:
-    """Everything about one version."""
+def show_version(version: VersionRecord, manifest: PlanManifest | None, *, as_json: bool) -> None:
+    """Everything about one version. `manifest`: of its plan, None if it cannot be read."""
     if as_json:
-        _print_json(version)
+        print_json(version)
         return
     facts = {
         "version": str(version.number),
-        "made": _time(version.created_at),
+        "made": utc_time(version.created_at),
         "base": _or_dash(version.base),
         "round": _or_dash(version.round),
         "plan": version.plan_sha256,
         "weights": f"{version.weights.sha256}  {version.weights.size_bytes:,} bytes",
         "model.onnx": f"{version.model_sha256}  {version.model_bytes:,} bytes",
+        **_quantization_told(manifest),
         "files": "kept" if version.files_kept else "deleted, as [retention] says",
         "note": version.note or "-",
         **{name: _number(value) for name, value in version.metrics.items()},
     }
+    width = max(len(name) for name in facts) + 2
     for name, value in facts.items():
-        console.print(f"{name:<12}{value}")
+        console.print(f"{name:<{width}}{value}")
+
+
+def _quantization_told(manifest: PlanManifest | None) -> dict[str, str]:
+    if manifest is None or manifest.quantization is None:
+        return {}
+    int8 = manifest.quantization.int8
+    names = [weight.tensor.name for weight in manifest.weights if weight.tensor.name not in int8]
+    return {"int8": ", ".join(int8) or "-", "float32": ", ".join(names) or "-"}
 
 
 def show_rounds(rounds: Sequence[RoundRecord], *, as_json: bool) -> None:
     """A line a round."""
     if as_json:
-        _print_json(rounds)
+        print_json(rounds)
         return
-    table = _table("round", "base", "opened", "took", "outcome", "version", "reason")
+    table = plain_table("round", "base", "opened", "took", "outcome", "version", "reason")
     for record in rounds:
         table.add_row(
             str(record.number),
             str(record.base),
-            _time(record.opened_at),
+            utc_time(record.opened_at),
             _duration(record),
             _outcome(record),
             _or_dash(record.version),
@@ -95,7 +107,7 @@ def show_rounds(rounds: Sequence[RoundRecord], *, as_json: bool) -> None:
 def show_round(report: RoundReport, *, as_json: bool) -> None:
     """One round: its devices, then what was refused."""
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     record = report.round
     console.print(
@@ -106,7 +118,7 @@ def show_round(report: RoundReport, *, as_json: bool) -> None:
     console.print(f"goal {record.goal}, quorum {record.quorum}, took {_duration(record)}")
     if record.mode == Mode.ASYNC.value:
         _show_buffer(report)
-    table = _table("device", "status", "examples", "loss", "training", "bytes", "reason")
+    table = plain_table("device", "status", "examples", "loss", "training", "bytes", "reason")
     for participant in report.participants:
         table.add_row(*_participant_cells(participant))
     console.print(table)
@@ -114,7 +126,7 @@ def show_round(report: RoundReport, *, as_json: bool) -> None:
         console.print("its devices and refusals were deleted, as [retention] says")
     if report.refusals:
         console.print("refused:")
-        refused = _table("device", "reason", "count", "latest")
+        refused = plain_table("device", "reason", "count", "latest")
         for refusal in report.refusals:
             refused.add_row(
                 refusal.device or "-", refusal.reason.value, str(refusal.count), refusal.last_detail
@@ -127,7 +139,7 @@ def _show_buffer(report: RoundReport) -> None:
     record = report.round
     made = "its version" if record.version is None else f"version {record.version}"
     console.print(f"in {made}, {len(report.counted)} updates:")
-    counted = _table("device", "asked in", "base", "versions behind", "weight")
+    counted = plain_table("device", "asked in", "base", "versions behind", "weight")
     for one in report.counted:
         behind = 0 if one.base is None else record.base - one.base
         counted.add_row(
@@ -146,9 +158,9 @@ def _show_buffer(report: RoundReport) -> None:
 def show_devices(devices: Sequence[DeviceRecord], *, as_json: bool) -> None:
     """A line a device."""
     if as_json:
-        _print_json(devices)
+        print_json(devices)
         return
-    table = _table("device", "state", "version", "examples", "boot", "agent", "last seen")
+    table = plain_table("device", "state", "version", "examples", "boot", "agent", "last seen")
     for device in devices:
         table.add_row(
             device.name,
@@ -157,7 +169,7 @@ def show_devices(devices: Sequence[DeviceRecord], *, as_json: bool) -> None:
             _or_dash(device.examples),
             _or_dash(device.boot),
             device.agent_version or "-",
-            _time(device.last_seen_at),
+            utc_time(device.last_seen_at),
         )
     console.print(table)
 
@@ -188,7 +200,8 @@ class _PlainTable(Table):
         super().add_row(*clean, **options)
 
 
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
+    """A table with these headings, whose cells are text."""
     table = _PlainTable(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -203,7 +216,8 @@ def _duration(record: RoundRecord) -> str:
     return "-" if record.closed_at is None else f"{record.closed_at - record.opened_at:.1f} s"
 
 
-def _time(seconds: float) -> str:
+def utc_time(seconds: float) -> str:
+    """A moment in seconds since the epoch, for people."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
@@ -215,7 +229,8 @@ def _or_dash(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def _print_json(record: object) -> None:
+def print_json(record: object) -> None:
+    """Records as JSON, field by field."""
     print(json.dumps(_plain(record), indent=2))  # noqa: T201 -- the command's output
 
 

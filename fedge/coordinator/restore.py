@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import insert, select, text, true, update
+from sqlalchemy import Connection, func, insert, select, text, true, update
 from sqlalchemy.schema import CreateSchema
 
 from fedge.coordinator.backup import (
@@ -47,10 +47,26 @@ from fedge.coordinator.old_state import (
 )
 from fedge.coordinator.store import Outcome, ParticipantStatus, RoundRecord, schema, snapshot
 from fedge.coordinator.store.database import DATABASE_FILE, Database
+from fedge.coordinator.store.evaluations import close_evaluations
 from fedge.coordinator.store.ownership import give_owner, mark_folder, owner_in, owners_of
-from fedge.coordinator.store.queries import UNANSWERED, close_round, version_numbered
+from fedge.coordinator.store.queries import (
+    UNANSWERED,
+    close_round,
+    fact_named,
+    version_numbered,
+)
+from fedge.coordinator.store.rollouts import NUMBERS_ABOVE, end_rollouts
 from fedge.coordinator.store.rows import round_values, version_values
-from fedge.coordinator.store.tables import devices, metadata, participants, rounds, versions
+from fedge.coordinator.store.tables import (
+    devices,
+    facts,
+    metadata,
+    participants,
+    rollouts,
+    rounds,
+    versions,
+)
+from fedge.coordinator.store.word_counts import close_word_counts
 from fedge.schemas.blob_files import BlobDirectory
 from fedge.schemas.errors import ConfigError, StoreError, StoreUnavailable
 from fedge.schemas.ids import Digest
@@ -188,6 +204,9 @@ def _continue_above(
                 .where(participants.c.status.in_(UNANSWERED))
                 .values(status=ParticipantStatus.SILENT.value, decided_at=now)
             )
+            close_evaluations(connection, why, at=now)
+            close_word_counts(connection, why, at=now)
+            _end_rollouts(connection, why, gap=gap, now=now)
             connection.execute(
                 update(devices).where(devices.c.online == true()).values(online=False)
             )
@@ -221,6 +240,15 @@ def _continue_above(
         database.close()
     snapshot.seal(path)
     return Restored(manifest, version.number, mark.number, tuple(abandoned))
+
+
+def _end_rollouts(connection: Connection, why: str, *, gap: int, now: float) -> None:
+    """Ends what is open; the next number is above those that devices may have seen since."""
+    end_rollouts(connection, why, at=now)
+    newest = connection.scalar(select(func.max(rollouts.c.number))) or 0
+    above = max(newest, int(fact_named(connection, NUMBERS_ABOVE) or 0)) + gap
+    connection.execute(facts.delete().where(facts.c.name == NUMBERS_ABOVE))
+    connection.execute(insert(facts).values(name=NUMBERS_ABOVE, value=str(above)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from fedge.coordinator.admission import Admission
 from fedge.coordinator.aftercare import Aftercare
 from fedge.coordinator.conductor import Conductor
 from fedge.coordinator.distribution import Distribution
+from fedge.coordinator.evaluation_desk import EvaluationDesk
 from fedge.coordinator.intake import Intake
 from fedge.coordinator.journal import Journal
 from fedge.coordinator.latest import LatestOnly
@@ -27,12 +28,14 @@ from fedge.coordinator.postbox import Postbox
 from fedge.coordinator.presence import PresenceDesk
 from fedge.coordinator.publication import Publication
 from fedge.coordinator.publisher import Publisher, plan_blobs
-from fedge.coordinator.settings import ResolvedTraining, RoundSettings
-from fedge.coordinator.store import Retention, Store
+from fedge.coordinator.rollout_desk import RolloutDesk
+from fedge.coordinator.settings import ResolvedTraining, RolloutSettings, RoundSettings
+from fedge.coordinator.store import Retention, Store, VersionRecord
 from fedge.coordinator.succession import Succession
 from fedge.coordinator.surroundings import Surroundings
 from fedge.coordinator.uploads import Upload, UploadDesk
 from fedge.coordinator.version_maker import VersionMaker
+from fedge.coordinator.word_count_desk import WordCountDesk
 from fedge.coordinator.workers import Workers
 from fedge.schemas import messages, topics
 from fedge.schemas.blobs import BlobRef, ChunkSet
@@ -85,6 +88,7 @@ class Coordinator:
         training: ResolvedTraining,
         seed: int,
         look_again: asyncio.Event,
+        rollout_settings: RolloutSettings | None = None,
         retention: Retention | None = None,
         evaluate: Evaluate | None = None,
         evaluate_every: int = 1,
@@ -144,6 +148,26 @@ class Coordinator:
             start=self._start,
             wall_clock=wall_clock,
         )
+        rollout = RolloutSettings() if rollout_settings is None else rollout_settings
+        self._rollouts = RolloutDesk(
+            population,
+            mode=rollout.mode,
+            terms=rollout.terms(),
+            store=store,
+            workers=self._workers,
+            distribution=self._distribution,
+            publisher=self._publisher,
+            newest=lambda: self._succession.newest,
+            publish=self._publish,
+            clock=clock,
+            wall_clock=wall_clock,
+        )
+        self._trials = LatestOnly(self._count_trial, self._start, "trial")
+
+        def published(version: VersionRecord) -> None:
+            aftercare.published(version)
+            self._rollouts.look()
+
         self._publication = Publication(
             plan=plan.ref,
             publisher=self._publisher,
@@ -152,7 +176,38 @@ class Coordinator:
             start=self._start,
             is_up=self._both_are_up,
             payload_limit_bytes=lambda: bulk.max_payload_bytes,
-            published=aftercare.published,
+            published=published,
+            rollouts=self._rollouts,
+        )
+        around = Surroundings(
+            tell=self._postbox.send,
+            start=self._start,
+            publish=self._publication.soon,
+            publish_again=self._publication.again,
+            wake=self._timer_due.set,
+            online=lambda: self._presence.online,
+            all_known=lambda: self._presence.all_known,
+            clock=clock,
+            wall_clock=wall_clock,
+        )
+        self._evaluations = EvaluationDesk(
+            store=store,
+            plan=plan.ref,
+            metrics=plan.manifest.metrics,
+            distribution=self._distribution,
+            succession=self._succession,
+            journal=self._journal,
+            workers=self._workers,
+            around=around,
+        )
+        self._words = WordCountDesk(
+            store=store,
+            publisher=self._publisher,
+            journal=self._journal,
+            workers=self._workers,
+            around=around,
+            answers_per_s=round_settings.checkins_per_s,
+            is_up=self._both_are_up,
         )
         self._conductor = Conductor(
             store=store,
@@ -165,22 +220,14 @@ class Coordinator:
             training=training,
             plan_sha256=plan.ref.sha256,
             seed=seed,
-            around=Surroundings(
-                tell=self._postbox.send,
-                start=self._start,
-                publish=self._publication.soon,
-                publish_again=self._publication.again,
-                wake=self._timer_due.set,
-                online=lambda: self._presence.online,
-                all_known=lambda: self._presence.all_known,
-                clock=clock,
-                wall_clock=wall_clock,
-            ),
+            around=around,
         )
 
     async def run(self) -> None:
         """Serves until cancelled; what was begun is taken up again by the next start."""
         await self._conductor.recover()
+        await self._evaluations.recover()
+        await self._rollouts.recover()
         devices = await self._workers.durable(self._store.devices)
         self._presence.recover(device.name for device in devices if device.online)
         self._admission.keep_only(device.name for device in devices)
@@ -199,10 +246,13 @@ class Coordinator:
                     (self._finish_uploads(), "finish"),
                     (self._journal.keep(), "journal"),
                     (self._keep_looking(), "look-again"),
+                    (self._rollouts.run(), "rollouts"),
                     (self._publication.keep_reminding(self._conductor), "remind"),
                 ):
                     self._group.create_task(work, name=name)
                 self._conductor.take_up()
+                self._start(self._evaluations.look(), "evaluations")
+                self._start(self._words.look(), "words")
         finally:
             await self._control.close()
             await self._bulk.close()
@@ -214,6 +264,9 @@ class Coordinator:
             await self._look_again.wait()
             self._look_again.clear()
             await _carried(self._conductor.adopt_newest(), "adopt")
+            self._rollouts.look()
+            self._start(self._evaluations.look(), "evaluations")
+            self._start(self._words.look(), "words")
 
     # ------------------------------------------------------------ reading
 
@@ -239,6 +292,8 @@ class Coordinator:
         if self._both_are_up():
             self._desk.heard_again(self._clock())
             self._publication.soon()
+            self._evaluations.reconnected()
+            self._start(self._words.announce(), "words")
             self._timer_due.set()
 
     def _receive(self, delivery: Delivery) -> None:
@@ -286,6 +341,7 @@ class Coordinator:
     def _dispatch(self, device: str, message: Message, *, retained: bool) -> None:
         if isinstance(message, messages.Presence):
             self._presence.heard(device, message, retained=retained)
+            self._evaluations.presence_changed()
             return
         self._presence.spoke(device)
         match message:
@@ -299,6 +355,12 @@ class Coordinator:
                 self._start(self._distribution.repeat(message.sha256, missing), f"repeat-{device}")
             case messages.Report():
                 self._reported(device, message)
+            case messages.TrialReport():
+                self._trials.put(device, message)
+            case messages.EvaluationResult():
+                self._evaluations.answered(device, message)
+            case messages.WordCountAnswer():
+                self._words.answered(device, message)
 
     def _offered(self, device: str, offer: messages.Offer) -> None:
         awaited = self._conductor.awaited(device, offer.round)
@@ -327,6 +389,14 @@ class Coordinator:
             self._conductor.answers.reject(device, offer, error)
         else:
             self._postbox.send(device, receipt)
+
+    async def _count_trial(self, device: str, report: messages.TrialReport) -> None:
+        try:
+            counted = await self._rollouts.count(device, report)
+        except PeerError as error:
+            self._refuse(device, error)
+        else:
+            self._postbox.send(device, counted)
 
     def _receive_chunk(self, address: Address, payload: bytes) -> None:
         if address.device is None or address.sha256 is None or address.chunk is None:
@@ -373,6 +443,8 @@ class Coordinator:
                 self._desk.next_expiry() if self._both_are_up() else None,
                 self._conductor.next_deadline(),
                 self._presence.next_deadline,
+                self._evaluations.next_deadline,
+                self._words.next_deadline,
             ]
             wake = min((t for t in times if t is not None), default=None)
             delay_s = None if wake is None else max(0.0, wake - self._clock())
@@ -391,11 +463,16 @@ class Coordinator:
             self._desk.heard_again(self._clock())
         self._presence.time_passed()
         self._conductor.time_passed()
+        self._evaluations.time_passed()
+        self._words.time_passed()
 
     # ------------------------------------------------------------ carrying
 
     def _both_are_up(self) -> bool:
         return self._control.connected and self._bulk.connected
+
+    def _publish(self) -> None:
+        self._publication.soon()
 
     def _tell_all(self, replies: Iterable[tuple[str, Message]]) -> None:
         for device, message in replies:

@@ -1,9 +1,10 @@
 """From a configuration to a running coordinator: opens the state, finds or compiles the plan.
 
 A population keeps its plan: the first start compiles the task and stores what came out; later
-starts read it back, and refuse a task whose interface has changed since. Importing torch takes
-seconds, in which a fleet would wait for nothing: a start that has its plan serves at once, and
-loads the task beside that.
+starts read it back, and refuse a task whose interface has changed since. Only the inference file
+may change: its quantization is the operator's, who gets a plan that differs in nothing else, and a
+version with the newest weights under it. Importing torch takes seconds, in which a fleet would wait
+for nothing: a start that has its plan serves at once, and loads the task beside that.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from fedge.schemas.errors import ConfigError, PlanError
 from fedge.schemas.ids import Digest, sha256
 from fedge.schemas.logs import EventLog
 from fedge.schemas.plan import PlanManifest
+from fedge.schemas.quantization import Scheme, as_stored
 from fedge.schemas.tensors import Tensors, read_tensors
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ async def serve(settings: Settings) -> None:
             fingerprint = None
         else:
             plan, fingerprint = stored_plan(store, newest)
+            if settings.export.quantization not in (None, scheme_of(plan.manifest)):
+                plan = await requantize(store, task, settings, newest)
             initial = {}
         coordinator = _coordinator(
             settings, store, task, plan, initial=initial, look_again=look_again
@@ -112,13 +116,100 @@ def stored_plan(store: Store, newest: VersionRecord) -> tuple[Plan, str]:
 
 async def _check_task(task: LoadedTask, fingerprint: str) -> None:
     loaded = await asyncio.to_thread(task.get)
-    if await asyncio.to_thread(fingerprint_of, loaded) != fingerprint:
+    await asyncio.to_thread(_check_fingerprint, loaded, fingerprint)
+    log.info("task_loaded", task=loaded.name)
+
+
+def _check_fingerprint(loaded: Task, fingerprint: str) -> None:
+    if fingerprint_of(loaded) != fingerprint:
         raise ConfigError(
             f"this state holds versions of a task compiled from other settings than task "
             f"{loaded.name!r} has now; serve a changed task as a new population with a state_dir "
             "of its own"
         )
-    log.info("task_loaded", task=loaded.name)
+
+
+def scheme_of(manifest: PlanManifest) -> Scheme:
+    """How a plan's inference file is quantised."""
+    return Scheme.NONE if manifest.quantization is None else Scheme.INT8
+
+
+async def requantize(
+    store: Store, task: LoadedTask, settings: Settings, newest: VersionRecord
+) -> Plan:
+    """The population's plan with the inference file that `[export]` wants, and a version under it.
+
+    The version has the weights of `newest` and the next number: devices fetch a graph of a few
+    kilobytes and no weights. Both are recorded. Raises `ConfigError` if the task has changed since
+    the plan was made, `PlanError` if it cannot be compiled or the file fails its checks.
+    """
+    from fedge.coordinator.export import requantized  # noqa: PLC0415 -- for once in a long time
+
+    before, fingerprint = stored_plan(store, newest)
+    loaded = await asyncio.to_thread(task.get)
+    await asyncio.to_thread(_check_fingerprint, loaded, fingerprint)
+    wanted = settings.export.quantization or loaded.quantization
+    log.info("plan_compiling", task=loaded.name, quantization=wanted.value)
+    compiled_sha256, _ = await _compile(settings.task, store.blobs, wanted)
+    compiled = PlanManifest.decode(store.blobs.read(compiled_sha256))
+    manifest = with_inference_of(compiled, before.manifest)
+    encoded = manifest.encode()
+    await asyncio.to_thread(store.blobs.put, encoded)
+    ref = describe(encoded, settings.chunk_bytes)
+    await asyncio.to_thread(store.blobs.secure, plan_digests(manifest, ref.sha256))
+    weights = read_tensors(store.blobs.path(newest.weights.sha256), manifest.weight_specs)
+    build = _build(task, manifest, store.blobs, settings.chunk_bytes)
+    release = await asyncio.to_thread(build, weights)
+    await asyncio.to_thread(store.blobs.put, release.golden)
+    store.record_plan(PlanRecord(ref, loaded.name, fingerprint, time.time()))
+    note = f"version {newest.number} with {_weights_told(manifest)}"
+    made = requantized(newest, ref.sha256, release, time.time(), note)
+    store.record_version(made, copy_of=newest.number)
+    log.info(
+        "plan_requantized",
+        plan=ref.sha256[:12],
+        version=made.number,
+        weights_of=newest.number,
+        model_bytes=made.model_bytes,
+        model_bytes_before=newest.model_bytes,
+        rounding=release.rounding,
+        **_quantization_told(manifest),
+    )
+    return Plan(manifest, ref)
+
+
+def with_inference_of(compiled: PlanManifest, before: PlanManifest) -> PlanManifest:
+    """The plan `before` with the inference graph of `compiled`, a plan of the same task.
+
+    Raises `ConfigError` if that graph would not fit the versions of `before`.
+    """
+    for what in ("weights", "features", "target", "output"):
+        if getattr(compiled, what) != getattr(before, what):
+            raise ConfigError(
+                f"[export] quantization cannot be changed: the task compiles to other {what} than "
+                "this population's plan has; serve a changed task as a new population with a "
+                "state_dir of its own"
+            )
+    graphs = before.graphs.model_copy(update={"infer": compiled.graphs.infer})
+    changes = {"graphs": graphs, "quantization": compiled.quantization}
+    return before.model_copy(update=changes)
+
+
+def _quantization_told(manifest: PlanManifest) -> dict[str, str]:
+    """Which weights of the inference file are what, for the log."""
+    if manifest.quantization is None:
+        return {"quantization": Scheme.NONE.value}
+    int8 = manifest.quantization.int8
+    names = [weight.tensor.name for weight in manifest.weights if weight.tensor.name not in int8]
+    return {
+        "quantization": Scheme.INT8.value,
+        "int8": " ".join(int8) or "none: no weight is large enough",
+        "float32": " ".join(names),
+    }
+
+
+def _weights_told(manifest: PlanManifest) -> str:
+    return "float32 weights" if manifest.quantization is None else "int8 weights in its ONNX file"
 
 
 async def compile_plan(store: Store, task: LoadedTask, settings: Settings) -> tuple[Plan, Tensors]:
@@ -128,8 +219,9 @@ async def compile_plan(store: Store, task: LoadedTask, settings: Settings) -> tu
     """
     loaded = await asyncio.to_thread(task.get)
     started = time.monotonic()
-    log.info("plan_compiling", task=loaded.name)
-    plan_sha256, weights_sha256 = await _compile(settings.task, store.blobs)
+    wanted = settings.export.quantization or loaded.quantization
+    log.info("plan_compiling", task=loaded.name, quantization=wanted.value)
+    plan_sha256, weights_sha256 = await _compile(settings.task, store.blobs, wanted)
     encoded = store.blobs.read(plan_sha256)
     manifest = PlanManifest.decode(encoded)
     ref = describe(encoded, settings.chunk_bytes)
@@ -145,15 +237,17 @@ async def compile_plan(store: Store, task: LoadedTask, settings: Settings) -> tu
             for graph in (manifest.graphs.train, manifest.graphs.eval, manifest.graphs.infer)
         ),
         seconds=time.monotonic() - started,
+        **_quantization_told(manifest),
     )
     weights = read_tensors(store.blobs.path(weights_sha256), manifest.weight_specs)
     return Plan(manifest, ref), weights
 
 
-async def _compile(task: str, blobs: BlobDirectory) -> tuple[Digest, Digest]:
+async def _compile(task: str, blobs: BlobDirectory, quantization: Scheme) -> tuple[Digest, Digest]:
     """The digests of the manifest and of the initial weights, compiled in another process."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "fedge.coordinator.compiler", task, str(blobs.folder)),
+        *(sys.executable, "-m", "fedge.coordinator.compiler"),
+        *(task, str(blobs.folder), quantization.value),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -177,6 +271,7 @@ async def _compile(task: str, blobs: BlobDirectory) -> tuple[Digest, Digest]:
 def fingerprint_of(task: Task) -> str:
     """A digest of everything about a task that its plan fixes, except the code of the model.
 
+    Neither is its `quantization` in it, a suggestion that a population need not follow.
     A changed `forward` is found when a version is exported, since torch and the plan then disagree.
     A changed loss or metric of the same name is not found: the plan keeps the old one.
     """
@@ -242,6 +337,7 @@ def _coordinator(
         training=settings.training.over(manifest.defaults),
         seed=settings.seed,
         look_again=look_again,
+        rollout_settings=settings.rollout,
         retention=settings.retention.wish,
         evaluate=_evaluation(settings, store, manifest),
         evaluate_every=1 if settings.evaluation is None else settings.evaluation.every,
@@ -278,7 +374,7 @@ def _evaluation(
 ) -> Callable[[VersionRecord], Evaluation] | None:
     if settings.evaluation is None:
         return None
-    from fedge.coordinator.evaluation import Evaluator  # noqa: PLC0415 -- loads onnxruntime
+    from fedge.coordinator.evaluation import Evaluator, beside  # noqa: PLC0415 -- onnxruntime
     from fedge.coordinator.testset import load_test_set  # noqa: PLC0415 -- as above
 
     evaluator = Evaluator(
@@ -290,6 +386,10 @@ def _evaluation(
 
     def evaluate(version: VersionRecord) -> Evaluation:
         path = store.blobs.path(version.weights.sha256)
-        return evaluator.evaluate(read_tensors(path, manifest.weight_specs))
+        weights = read_tensors(path, manifest.weight_specs)
+        found = evaluator.evaluate(weights)
+        if manifest.quantization is None:
+            return found
+        return beside(found, evaluator.evaluate(as_stored(manifest, weights)))
 
     return evaluate

@@ -13,18 +13,24 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedge.coordinator.aggregation import Weighting
+from fedge.coordinator.rollouts import ServingMode
 from fedge.coordinator.rounds import Mode, RoundPolicy, Strategy, quorum_of
 from fedge.coordinator.server_optimizer import ServerOptimizerConfig, SgdConfig
-from fedge.coordinator.store import Retention
+from fedge.coordinator.store import Retention, Terms
 from fedge.coordinator.uploads import SAFE_QUEUE_MESSAGES
 from fedge.schemas.blobs import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES, MIN_CHUNK_BYTES
 from fedge.schemas.ids import PopulationName, Seed
 from fedge.schemas.link.broker import BrokerSettings
+from fedge.schemas.messages import TrialChecks
 from fedge.schemas.plan import TrainingDefaults
+from fedge.schemas.quantization import Scheme
 from fedge.schemas.toml_settings import read_toml
 
 CONCURRENCY_FACTOR = 4
 """Devices that train at a time for each update of the goal, in asynchronous mode."""
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class _Table(BaseModel):
@@ -142,6 +148,14 @@ class EvaluationSettings(_Table):
     threads: Annotated[int, Field(ge=1, le=64)] = 1
 
 
+class ExportSettings(_Table):
+    """`[export]`: the file that devices predict with. `quantization`: without it what the task
+    says, and for a population that has versions what its plan says.
+    """
+
+    quantization: Scheme | None = None
+
+
 class StoreSettings(_Table):
     """`[store]`: where the state lies, if not all of it in `state_dir`.
 
@@ -183,17 +197,62 @@ class StoreSettings(_Table):
         return url
 
 
+class RolloutSettings(_Table):
+    """`[rollout]`: see `RolloutPolicy`, `ServingMode` and `TrialChecks`.
+
+    `max_loss_increase`: on a device's own hold-out, relative to the version in use there.
+    """
+
+    mode: ServingMode = ServingMode.EVERY
+    stages: Annotated[tuple[Share, ...], Field(min_length=1, max_length=20)] = (0.01, 0.1, 0.5, 1.0)
+    soak_s: Annotated[float, Field(ge=0, le=30 * 86400)] = 3600.0
+    min_devices: Annotated[int, Field(ge=1, le=100_000)] = 10
+    min_answered: Annotated[float, Field(gt=0, le=1)] = 0.5
+    max_failure_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    max_loss_increase: Annotated[float, Field(ge=0, le=1e6)] = 0.1
+    min_hold_out: Annotated[int, Field(ge=1)] = 20
+    max_latency_ms: Annotated[float, Field(gt=0)] | None = None
+    max_latency_ratio: Annotated[float, Field(ge=1)] | None = None
+
+    @field_validator("stages")
+    @classmethod
+    def _rise_to_all(cls, stages: tuple[float, ...]) -> tuple[float, ...]:
+        if list(stages) != sorted(set(stages)) or stages[-1] != 1:
+            raise ValueError(
+                "each stage is above the one before and the last is 1.0, all devices: for "
+                "instance [0.01, 0.1, 0.5, 1.0]"
+            )
+        return stages
+
+    def terms(self, *, straight: bool = False) -> Terms:
+        """What a rollout begins with. `straight`: to all devices at once, watched all the same."""
+        return Terms(
+            stages=(1.0,) if straight else self.stages,
+            soak_s=self.soak_s,
+            min_devices=self.min_devices,
+            min_answered=self.min_answered,
+            max_failure_share=self.max_failure_share,
+            checks=TrialChecks(
+                max_loss_increase=self.max_loss_increase,
+                min_hold_out=self.min_hold_out,
+                max_latency_ms=self.max_latency_ms,
+                max_latency_ratio=self.max_latency_ratio,
+            ),
+        )
+
+
 class RetentionSettings(_Table):
     """`[retention]`: see `Retention`; what is left out is kept for good."""
 
     versions: Annotated[int, Field(ge=2)] | None = None
     rounds: Annotated[int, Field(ge=1)] | None = None
     devices_unseen_days: Annotated[float, Field(gt=0)] | None = None
+    evaluations: Annotated[int, Field(ge=1)] | None = None
 
     @property
     def wish(self) -> Retention:
         """What the store is given."""
-        return Retention(self.versions, self.rounds, self.devices_unseen_days)
+        return Retention(self.versions, self.rounds, self.devices_unseen_days, self.evaluations)
 
 
 class Settings(_Table):
@@ -211,7 +270,9 @@ class Settings(_Table):
     uploads: UploadSettings = UploadSettings()
     server_optimizer: ServerOptimizerConfig = SgdConfig()
     evaluation: EvaluationSettings | None = None
+    export: ExportSettings = ExportSettings()
     store: StoreSettings = StoreSettings()
+    rollout: RolloutSettings = RolloutSettings()
     retention: RetentionSettings = RetentionSettings()
 
 

@@ -38,6 +38,7 @@ from fedge.schemas.errors import ConfigError
 from fedge.schemas.features import FeatureSpec, TargetSpec, WordFeatures
 from fedge.schemas.measures import RatioSpec
 from fedge.schemas.plan import TrainingDefaults
+from fedge.schemas.quantization import Scheme
 from fedge.schemas.tensors import Array
 from fedge.schemas.words import Vocabulary
 
@@ -127,6 +128,7 @@ class Task:
     `infer`: what applications get, where that is not what the loss needs: a function of the model
     and the features' tensor, usually a method (`NextWord.suggest`). Without it, `forward`.
     `vocabulary`: the words of word features, which all devices share.
+    `quantization`: of the file that devices predict with, unless the operator says otherwise.
     `loss_reduction`: how a batch's losses become the objective: their mean or their sum.
     `seed`: of the initial weights.
     `sample`: `(generator, n) -> raw examples`, as devices store them, for a model that not every
@@ -148,6 +150,7 @@ class Task:
     optimizer: SGD | Adam = field(default_factory=SGD)
     defaults: TrainingDefaults = field(default_factory=TrainingDefaults)
     loss_reduction: Literal["mean", "sum"] = "mean"
+    quantization: Scheme = Scheme.NONE
     seed: int = 0
     sample: Callable[[np.random.Generator, int], Array] | None = None
     simulation: SimulationDefaults = field(default_factory=SimulationDefaults)

@@ -24,6 +24,8 @@ from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensors import Tensors, check_tensors
 
 _LATENCY_RUNS = 5
+_RUNS_IN_TURNS = 15
+"""Where two models are compared, a few runs more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,12 @@ class Activation:
     """What the checks found. `latency_ms`: one example, median of a few runs.
 
     `largest_difference`: over the golden outputs, of |ours - theirs| / max(1, |theirs|).
+    `beside_ms`: the latency of the model beside it, if there is one, timed in turns with it.
     """
 
     latency_ms: float
     largest_difference: float
+    beside_ms: float | None = None
 
 
 def build_model(
@@ -62,11 +66,13 @@ def activate(
     golden_outputs: Tensors,
     output: Path,
     *,
+    beside: Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Activation:
     """Runs the golden inputs through `model`, compares, and puts it at `output`.
 
     `golden_inputs`: `input`, `golden_outputs`: `output`, as the manifest's specifications say.
+    `beside`: a model that is in use, which takes the same inputs.
 
     Raises `ParityFailed` if an output differs by more than `parity_tolerance` relative to
     max(1, |x|), `PeerError` for golden tensors that break the manifest, `PlanRefused` if the model
@@ -78,13 +84,22 @@ def activate(
     session = open_session(model)
     try:
         ours = session.run(["output"], {"input": inputs})[0]
-        times_s = []
-        for _ in range(_LATENCY_RUNS):
-            started = clock()
-            session.run(["output"], {"input": inputs[:1]})
-            times_s.append(clock() - started)
+        other = None if beside is None else open_session(str(beside))
+        times_s: list[float] = []
+        beside_s: list[float] = []
+        # In turns: what else the device does meanwhile slows both.
+        for _ in range(_LATENCY_RUNS if other is None else _RUNS_IN_TURNS):
+            for one, taken_s in ((session, times_s), (other, beside_s)):
+                if one is not None:
+                    started = clock()
+                    one.run(["output"], {"input": inputs[:1]})
+                    taken_s.append(clock() - started)
     except RUNTIME_ERRORS as error:
         raise PlanRefused(f"the version's model does not run here: {error}") from error
     largest = check_parity("golden outputs on this device", ours, theirs, manifest.parity_tolerance)
     replace_file(output, model)
-    return Activation(statistics.median(times_s) * 1000, largest)
+    return Activation(
+        statistics.median(times_s) * 1000,
+        largest,
+        statistics.median(beside_s) * 1000 if beside_s else None,
+    )

@@ -45,6 +45,10 @@ class Activator:
         """Training has begun or ended; activation waits for its end."""
         (self._not_training.clear if under_way else self._not_training.set)()
 
+    async def until_not_training(self) -> None:
+        """Returns when no training is under way."""
+        await self._not_training.wait()
+
     async def run(self) -> None:
         """Activates what is wanted, until cancelled."""
         loop = asyncio.get_running_loop()

@@ -14,16 +14,19 @@ import os
 import random
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 from fedge.edge_agent import commands, events, machine
 from fedge.edge_agent.activator import Activator
+from fedge.edge_agent.beside_rounds import BesideRounds
 from fedge.edge_agent.checkpoints import Checkpoints
 from fedge.edge_agent.contributor import Contributor
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.download import Downloads
 from fedge.edge_agent.durable import disk
 from fedge.edge_agent.eligibility_watch import Pace, watch_for
+from fedge.edge_agent.example_count import count_in
 from fedge.edge_agent.library import Library
 from fedge.edge_agent.offers import Offers
 from fedge.edge_agent.outbox import Outbox
@@ -33,8 +36,7 @@ from fedge.edge_agent.presence import Presence, next_boot
 from fedge.edge_agent.settings import Settings
 from fedge.edge_agent.state import AgentState
 from fedge.edge_agent.storage_watch import StorageWatch
-from fedge.edge_agent.trainer.jobs import CountJob
-from fedge.edge_agent.trainer.process import Trainer, TrainerKilled
+from fedge.edge_agent.trainer.process import Trainer
 from fedge.edge_agent.typed_texts import TypedTexts
 from fedge.edge_agent.upload import Uploads
 from fedge.edge_agent.usage import UsageMeter
@@ -45,9 +47,7 @@ from fedge.schemas.errors import (
     LinkClosed,
     LinkError,
     PeerError,
-    StoreError,
     StoreUnavailable,
-    TrainingFailed,
 )
 from fedge.schemas.link.protocol import Delivery, Link, LinkDown, LinkUp
 from fedge.schemas.logs import EventLog
@@ -59,9 +59,6 @@ log = EventLog(__name__)
 
 CHECKIN_EXPIRY_S = 3600.0
 """A check-in that the broker still has after so long is delivered to nobody."""
-
-COUNT_TRIES = 3
-"""For a training process that is killed while it counts the examples."""
 
 
 class EdgeAgent:
@@ -90,17 +87,11 @@ class EdgeAgent:
         self._topics = Topics(settings.population)
 
         state_dir = settings.state_dir
-        with disk(f"use the state folder {state_dir}"):
-            state_dir.mkdir(parents=True, exist_ok=True)
-            if not os.access(state_dir, os.W_OK):
-                raise StoreUnavailable(f"the state folder {state_dir} cannot be written")
-            self._lock = StateLock(state_dir, "agent")
-        library = Library(state_dir, settings.storage.cache_limit_bytes)
-        self._memory = AgentState.open_whole(state_dir / "agent.sqlite")
+        self._lock = _lock(state_dir)
         try:
-            self._memory.bind_population(settings.population)
+            library = Library(state_dir, settings.storage.cache_limit_bytes)
+            self._memory = _open_memory(state_dir, settings.population)
         except FedgeError:
-            self._memory.close()
             self._lock.release()
             raise
         boot = next_boot(self._memory, state_dir / "boot", wall_clock())
@@ -129,12 +120,14 @@ class EdgeAgent:
             self._typed = TypedTexts(self._device, settings.data, settings.examples.limits)
         self._checkpoints = Checkpoints(state_dir / "checkpoint")
         meter = UsageMeter(self._memory, self._storage, wall_clock)
+        # Of its own: it may end when the training for a round has begun.
+        personal_meter = UsageMeter(self._memory, self._storage, wall_clock)
         self._watch = watch_for(
             self._device,
             rules=settings.eligibility,
             policies=self._policies,
             own_pids=lambda: trainer.pids,
-            used=meter.lines,
+            used=lambda: [*meter.lines(), personal_meter.unwritten()],
             examples=lambda: self._state.examples,
             changed=lambda standing: self._feed(events.EligibilityChanged(standing.eligible)),
             wall_clock=wall_clock,
@@ -160,10 +153,31 @@ class EdgeAgent:
             connected=lambda: self._control.connected,
             fitting=self._uploads.fitting,
             send=self._send,
+            stop=self._uploads.stop,
             feed=self._feed,
+            typed=self._typed,
         )
         self._activator = Activator(self._versions.activate)
         self._pacing = Pacing(settings.population, self._device, rng, self._feed, self._start)
+        self._beside = BesideRounds(
+            settings,
+            library=library,
+            versions=self._versions,
+            downloads=self._downloads,
+            activator=self._activator,
+            trainer=trainer,
+            memory=self._memory,
+            storage=self._storage,
+            typed=self._typed,
+            watch=self._watch,
+            meter=personal_meter,
+            state=lambda: self._state,
+            feed=self._feed,
+            send=self._send,
+            pace_changed=self._set_pace,
+            rng=rng,
+            wall_clock=wall_clock,
+        )
 
         self._state = machine.Agent()
         self._fetching: asyncio.Task[None] | None = None
@@ -193,6 +207,7 @@ class EdgeAgent:
                     (self._read(self._bulk), "read-bulk"),
                     (self._activator.run(), "activate"),
                     (self._offers.run(), "offer"),
+                    *self._beside.works(),
                 ):
                     self._group.create_task(work, name=f"{name}-{self._device}")
                 if self._watch is not None:
@@ -212,6 +227,7 @@ class EdgeAgent:
 
     def _recover(self) -> None:
         self._storage.attempt("sweep", self._outbox.sweep)
+        self._beside.recover()
         active = self._versions.recover()
         held = self._versions.held
         waiting = self._outbox.rounds
@@ -239,6 +255,7 @@ class EdgeAgent:
                     (self._bulk if link is self._control else self._control).hurry()
                     if link is self._control:
                         self._start(self._presence.announce_birth(self._control), "birth")
+                        self._beside.came_up()
                         self._feed(events.Connected())
                 case LinkDown():
                     if link is self._control:
@@ -254,6 +271,8 @@ class EdgeAgent:
             if address.channel is Channel.BLOB:
                 self._receive_chunk(address, delivery.payload)
             elif address.message is not None:
+                if not delivery.payload and self._beside.withdrawn(address.message):
+                    return
                 self._dispatch(messages.decode(address.message, delivery.payload))
         except PeerError as error:
             log.warning(
@@ -266,6 +285,7 @@ class EdgeAgent:
             self._downloads.received(address.sha256, address.chunk, payload)
 
     def _dispatch(self, message: Message) -> None:  # noqa: PLR0912 -- one for each message
+        self._beside.hears(message)
         match message:
             case messages.VersionAnnouncement():
                 self._versions.announced(message)
@@ -332,8 +352,12 @@ class EdgeAgent:
         self._state, wanted = machine.step(self._state, event)
         for command in wanted:
             self._act(command)
+        self._beside.see()
+
+    def _set_pace(self) -> None:
         if self._watch is not None:
-            self._watch.set_pace(_pace_of(self._state))
+            trains = self._beside.is_working
+            self._watch.set_pace(Pace.TRAINING if trains else _pace_of(self._state))
 
     def _act(self, command: commands.Command) -> None:  # noqa: PLR0912 -- one for each command
         match command:
@@ -421,30 +445,19 @@ class EdgeAgent:
         if self._data is None:
             self._feed(events.Counted(0))
         elif self._typed is not None:
-            await self._typed.keep_counting(self._counted)
+            await self._typed.keep_counting(self._counted, self._forgotten)
         else:
-            examples = await self._count(CountJob(data=self._data))
-            log.info("examples_counted", device=self._device, examples=examples)
-            self._counted(examples)
+            self._counted(await count_in(self._trainer, self._device, self._data))
 
     def _counted(self, examples: int) -> None:
         self._feed(events.Counted(examples))
+        self._beside.counted()
         if self._watch is not None:
             self._watch.look_again()
 
-    async def _count(self, job: CountJob) -> int:
-        reason = ""
-        for _ in range(COUNT_TRIES):
-            try:
-                return (await self._trainer.run(job)).examples
-            except TrainerKilled as error:
-                reason = str(error)
-            except (StoreError, TrainingFailed) as error:
-                reason = str(error)
-                break
-        # Without its examples the device can still follow the versions and predict.
-        log.error("examples_not_counted", device=self._device, reason=reason)
-        return 0
+    async def _forgotten(self) -> None:
+        await self._beside.forgotten()
+        await self._offers.withdraw()
 
     # ------------------------------------------------------------ carrying
 
@@ -481,6 +494,24 @@ class EdgeAgent:
     def _cancel(self, task: asyncio.Task[None] | None) -> None:
         if task is not None and task is not asyncio.current_task():
             task.cancel()
+
+
+def _lock(state_dir: Path) -> StateLock:
+    with disk(f"use the state folder {state_dir}"):
+        state_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(state_dir, os.W_OK):
+            raise StoreUnavailable(f"the state folder {state_dir} cannot be written")
+        return StateLock(state_dir, "agent")
+
+
+def _open_memory(state_dir: Path, population: str) -> AgentState:
+    memory = AgentState.open_whole(state_dir / "agent.sqlite")
+    try:
+        memory.bind_population(population)
+    except FedgeError:
+        memory.close()
+        raise
+    return memory
 
 
 def _pace_of(state: machine.Agent) -> Pace:

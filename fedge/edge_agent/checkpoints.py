@@ -7,12 +7,13 @@ The agent's side: names and removals. What a checkpoint holds is the training pr
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+from fedge.schemas.logs import EventLog
+
+log = EventLog(__name__)
 
 _NAME = re.compile(r"\.?([0-9]{1,18})\.checkpoint(\.part)?")
 
@@ -48,7 +49,7 @@ class Checkpoints:
         except FileNotFoundError:
             return
         except OSError as error:
-            log.warning("checkpoint_not_removed %s", error)
+            log.warning("checkpoint_not_removed", reason=str(error))
             return
         for path in paths:
             name = _NAME.fullmatch(path.name)

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from fedge import __version__
 from fedge.edge_agent.command_options import config_option, json_option
 from fedge.edge_agent.eligibility_commands import eligibility
 from fedge.edge_agent.example_commands import examples
+from fedge.edge_agent.keyboard_command import type_in_terminal
+from fedge.edge_agent.personal_commands import personal
 from fedge.schemas.errors import ConfigError
 from fedge.schemas.logs import set_up_logging
 from fedge.schemas.process import errors_as_exit_status, run_until_stopped
@@ -51,12 +54,14 @@ def cli() -> None:
 def run(config_path: Path) -> None:
     """Serve until stopped: follow the versions, train when asked, send only differences."""
     from fedge.edge_agent.agent import EdgeAgent  # noqa: PLC0415 -- see the top of the file
+    from fedge.edge_agent.shared_trainer import SharedTrainer  # noqa: PLC0415 -- as above
 
     settings = _load(config_path)
     set_up_logging(settings.log_format)
 
     async def work() -> None:
-        trainer = _trainer(settings, workers=1)
+        # Shared by one: whatever it is asked goes before a personal training.
+        trainer = SharedTrainer(_trainer(settings, workers=1), 1)
         try:
             await EdgeAgent(settings, trainer, random.SystemRandom()).run()
         finally:
@@ -67,12 +72,20 @@ def run(config_path: Path) -> None:
 
 @cli.command()
 @config_option
-@click.option("--devices", type=click.IntRange(1, 10_000), required=True, help="How many.")
+@click.option("--devices", type=click.IntRange(1, 10_000), help="How many.")
 @click.option(
     "--split",
     default="iid",
     show_default=True,
-    help="How the data is divided: iid, shards, dirichlet:ALPHA, weighted:W1,W2,…",
+    help="How the data is divided: iid, ordered, shards, dirichlet:ALPHA, weighted:W1,W2,…; or "
+    "users: each device has the texts of one user of a .jsonl file, or with more devices than "
+    "users an earlier or a later part of them.",
+)
+@click.option(
+    "--each",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Host the devices of FOLDER/*/agent.toml instead, each as its own file says.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
@@ -82,18 +95,37 @@ def run(config_path: Path) -> None:
     show_default=True,
     help="Training processes that the devices share.",
 )
-def fleet(config_path: Path, devices: int, split: str, seed: int, workers: int) -> None:
+@click.pass_context
+def fleet(  # noqa: PLR0917 -- click calls it by name
+    context: click.Context,
+    config_path: Path,
+    devices: int | None,
+    split: str,
+    folder: Path | None,
+    seed: int,
+    workers: int,
+) -> None:
     """Host many virtual devices in this process, on one data set divided among them."""
-    from fedge.edge_agent.fleet import run_fleet, virtual_devices  # noqa: PLC0415 -- as above
+    from fedge.edge_agent import fleet as virtual  # noqa: PLC0415 -- as above
+    from fedge.edge_agent.shared_trainer import SharedTrainer  # noqa: PLC0415 -- as above
 
-    settings = _load(config_path)
+    if folder is None:
+        if devices is None:
+            raise click.UsageError("say how many with --devices, or where they are with --each")
+        settings = _load(config_path)
+        each = virtual.virtual_devices(settings, devices, split, seed)
+    else:
+        for name in ("config_path", "devices", "split"):
+            if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+                raise click.UsageError("--each takes everything but --seed and --workers from them")
+        each = virtual.described_devices(folder)
+        settings = each[0]
     set_up_logging(settings.log_format)
-    each = virtual_devices(settings, devices, split, seed)
 
     async def work() -> None:
-        trainer = _trainer(settings, workers)
+        trainer = SharedTrainer(_trainer(settings, workers), workers)
         try:
-            await run_fleet(each, trainer, seed)
+            await virtual.run_fleet(each, trainer, seed)
         finally:
             await trainer.close()
 
@@ -113,20 +145,20 @@ def predict(example: str, config_path: Path, top: int, as_json: bool) -> None:
     typed so far for a task on words: the word that comes next, or the one that is begun.
     """
     from fedge.edge_agent.library import Library  # noqa: PLC0415 -- as above
-    from fedge.edge_agent.predictor import Predictor, read_example  # noqa: PLC0415 -- as above
-    from fedge.schemas.plan import PlanManifest  # noqa: PLC0415 -- as above
+    from fedge.edge_agent.predictor import read_example  # noqa: PLC0415 -- as above
+    from fedge.edge_agent.serving import NothingToServe, open_serving  # noqa: PLC0415 -- as above
 
-    library = Library(_load(config_path).state_dir)
-    active = library.active()
-    if active is None:
-        raise ConfigError("no version is in use yet: run `fedge-agent run` until one was fetched")
-    manifest = PlanManifest.decode(library.blobs.read(active.manifest.name))
-    predictor = Predictor(active.model, manifest, library.vocabulary(manifest))
-    prediction = predictor.predict(read_example(example, manifest), top=top)
+    try:
+        serving = open_serving(Library(_load(config_path).state_dir))
+    except NothingToServe as error:
+        raise ConfigError(str(error)) from error
+    prediction = serving.predictor.predict(read_example(example, serving.manifest), top=top)
     if as_json:
-        click.echo(json.dumps({"version": active.version, **prediction.as_dict()}))
+        said = {"version": serving.version, "personal": serving.personal, **prediction.as_dict()}
+        click.echo(json.dumps(said))
     else:
-        click.echo(f"{prediction.sentence()} (version {active.version})")
+        own = ", personal" if serving.personal else ""
+        click.echo(f"{prediction.sentence()} (version {serving.version}{own})")
 
 
 @cli.command()
@@ -141,6 +173,7 @@ def status(config_path: Path, as_json: bool) -> None:
     active = Library(settings.state_dir).active()
     with contextlib.closing(AgentState(settings.state_dir / "agent.sqlite")) as memory:
         ledger, waiting = memory.ledger(), memory.outbox()
+    words = _words_told(settings)
     if as_json:
         click.echo(
             json.dumps(
@@ -149,6 +182,7 @@ def status(config_path: Path, as_json: bool) -> None:
                     "version": None if active is None else active.version,
                     "model": None if active is None else str(active.model),
                     "waiting": sorted(waiting),
+                    "word_counts": words,
                     "rounds": [
                         {"round": p.round, "base": p.base, "examples": p.examples,
                          "status": p.status, "reason": p.reason, "training_s": p.training_s,
@@ -163,6 +197,11 @@ def status(config_path: Path, as_json: bool) -> None:
     in_use = "none yet" if active is None else f"{active.version}  {active.model}"
     click.echo(f"version  {in_use}")
     click.echo(f"waiting  {len(waiting)} updates without a receipt")
+    if words["answers"] or words["epsilon_limit"]:
+        click.echo(
+            f"words    {words['answers']} told, epsilon {words['epsilon_spent']:g} of "
+            f"{words['epsilon_limit']:g} spent"
+        )
     for line in ledger[-10:]:
         reason = f" ({line.reason})" if line.reason else ""
         click.echo(
@@ -200,6 +239,8 @@ def split(  # noqa: PLR0917 -- click calls it by name
 
 cli.add_command(eligibility)
 cli.add_command(examples)
+cli.add_command(personal)
+cli.add_command(type_in_terminal)
 
 
 def main() -> None:
@@ -212,6 +253,20 @@ def _load(config_path: Path) -> Settings:
     from fedge.edge_agent.settings import load  # noqa: PLC0415 -- as above
 
     return load(config_path)
+
+
+def _words_told(settings: Settings) -> dict[str, float]:
+    from fedge.edge_agent.word_ledger import FILE_NAME, WordLedger  # noqa: PLC0415 -- as above
+
+    limit = settings.word_counts.epsilon_limit
+    if not (settings.state_dir / FILE_NAME).exists():
+        return {"answers": 0, "epsilon_spent": 0.0, "epsilon_limit": limit}
+    with WordLedger(settings.state_dir) as told:
+        return {
+            "answers": told.answers(),
+            "epsilon_spent": told.spent(),
+            "epsilon_limit": limit,
+        }
 
 
 def _trainer(settings: Settings, workers: int) -> Trainer:

@@ -21,7 +21,8 @@ What a flash card keeps of blocks that were given back, no program can reach: en
 may have been read before it expired. Whoever learns from texts asks for it before the first `read`
 and again before the result is used or sent; if it has changed, the result must be thrown away.
 Compare for equality only: a new file begins at the time of its making, so it never repeats the
-numbers of one that was deleted.
+numbers of one that was deleted. The device's personal model, in the folder of the file, is removed
+with each `forget_…` (`fedge.edge_agent.personal_files`); what writes one holds the store (`held`).
 
 **Two sides.** A keyed hash of what a text says puts it into the training or the hold-out side, for
 good: the same sentence is on the same side however often it is typed, forgotten or not. So the
@@ -36,6 +37,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -51,6 +53,7 @@ from fedge.edge_agent.example_text import (
     normalise,
     side_of,
 )
+from fedge.edge_agent.personal_files import forget_personal
 from fedge.schemas.closing import Closing
 from fedge.schemas.errors import ConfigError, StoreUnavailable
 from fedge.schemas.logs import EventLog
@@ -204,8 +207,10 @@ class ExampleStore(Closing):
     def remove(path: Path) -> None:
         """Deletes the files of a store, unread: for one that is too damaged to be opened.
 
-        Raises `StoreUnavailable` if the disk cannot be written now.
+        The personal model goes with them. Raises `StoreUnavailable` if the disk cannot be written
+        now.
         """
+        forget_personal(path.parent)
         remove_files(path)
 
     def close(self) -> None:
@@ -281,6 +286,12 @@ class ExampleStore(Closing):
         """Changes with each `forget_…` of any process, see the top of the file. Cheap."""
         return int(self._file.fact("generation"))
 
+    @contextmanager
+    def held(self) -> Iterator[int]:
+        """The generation, which stays as it is meanwhile: others wait that add or forget."""
+        with self._file.transaction():
+            yield self.generation()
+
     # ------------------------------------------------------------ forgetting
 
     def forget_all(self) -> Forgotten:
@@ -311,6 +322,9 @@ class ExampleStore(Closing):
 
     def _forget(self, which: str, *values: float, fresh: bool = False) -> Forgotten:
         with self._file.transaction():
+            # First: cut off in between, the model is gone and the texts are there, never the other
+            # way round.
+            forget_personal(self._path.parent)
             found = self._file.run(f"DELETE FROM examples WHERE {which}", *values).rowcount  # noqa: S608 -- our own conditions
             self._file.mark_deleted()
             self._file.run("UPDATE facts SET value = value + 1 WHERE name = 'generation'")

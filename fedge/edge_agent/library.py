@@ -2,9 +2,11 @@
 
     <state>/blobs/…            verified blobs by digest: manifest, graphs, weights, golden
     <state>/models/…           a version's `model.onnx`, made and checked here
-    <state>/active.json        which of them answers now: replaced in one step, never edited
+    <state>/active.json        which of them is in use: replaced in one step, never edited
+    <state>/standby.json       the last good version before it, while rollouts say what is in use
+    <state>/personal.json      which model of this device's own answers in its place, if one does
 
-An app opens the file that `active.json` names; a prediction needs no network and no agent.
+An app opens the file that `serving` names; a prediction needs no network and no agent.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,16 +23,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedge.edge_agent.cache import sizes_of, superfluous
 from fedge.edge_agent.durable import disk, is_partial, replace_file
+from fedge.edge_agent.personal_models import PersonalModels
 from fedge.edge_agent.trainer.jobs import ActivateJob
 from fedge.schemas.blob_files import BlobDirectory
 from fedge.schemas.blobs import BlobRef
 from fedge.schemas.errors import StoreError, StoreUnavailable
-from fedge.schemas.ids import Digest, VersionNumber
-from fedge.schemas.messages import VersionAnnouncement
+from fedge.schemas.ids import Digest, VersionNumber, sha256
+from fedge.schemas.messages import PublishedVersion
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.words import Vocabulary
 
 ACTIVE_FILE = "active.json"
+STANDBY_FILE = "standby.json"
 PART = ".part"
 """How `BlobDirectory` names what is still arriving."""
 
@@ -40,7 +45,10 @@ _MODEL = re.compile(r"model-([0-9]{1,16})\.onnx")
 
 
 class ActiveModel(BaseModel):
-    """What `active.json` says. `model`: a file name in `models/`."""
+    """What `active.json` says. `model`: a file name in `models/`.
+
+    `weights_sha256`: what it was made from; None if a release that did not say so has made it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,15 +56,20 @@ class ActiveModel(BaseModel):
     plan_sha256: Digest
     model: Annotated[str, Field(pattern=r"^model-[0-9]{1,16}\.onnx$")]
     model_sha256: Digest
+    weights_sha256: Digest | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Active:
-    """The version in use: its number, its ONNX file and its plan's manifest, as paths."""
+    """The version in use: its number, its ONNX file and its plan's manifest, as paths.
+
+    `personal`: whether the file is this device's own, made from that version.
+    """
 
     version: int
     model: Path
     manifest: Path
+    personal: bool = False
 
 
 class Library:
@@ -68,10 +81,16 @@ class Library:
 
     def __init__(self, state_dir: Path, cache_limit_bytes: int | None = None) -> None:
         self.blobs = BlobDirectory(state_dir / "blobs")
+        self.personal = PersonalModels(state_dir)
         self._cache_limit_bytes = cache_limit_bytes
+        self._measured: dict[Digest, int] = {}
         self._state_dir = state_dir
         self._models = state_dir / "models"
         self._active_file = state_dir / ACTIVE_FILE
+        self._standby_file = state_dir / STANDBY_FILE
+        self._pinned: dict[str, dict[Digest, int]] = {}
+        self.is_staged = False
+        """Whether rollouts say what is in use: then its weights stay, to measure others against."""
         with disk(f"make {self._models}"):
             self._models.mkdir(parents=True, exist_ok=True)
 
@@ -95,7 +114,7 @@ class Library:
             return None
         return Vocabulary.decode(self.blobs.read(manifest.vocabulary.sha256))
 
-    def refs_of(self, version: VersionAnnouncement) -> tuple[BlobRef, ...]:
+    def refs_of(self, version: PublishedVersion) -> tuple[BlobRef, ...]:
         """Every blob of a version that can be named now: its plan's only once the manifest is here.
 
         Raises as `manifest` does.
@@ -104,20 +123,51 @@ class Library:
             return (version.plan, version.weights, version.golden)
         return (version.plan, *self.needed(version, self.manifest(version.plan)))
 
-    def make_room(self, version: VersionAnnouncement, in_hand: VersionAnnouncement | None) -> None:
+    def pin(self, purpose: str, refs: Iterable[BlobRef]) -> None:
+        """These stay whatever is fetched, instead of those that were pinned for that purpose."""
+        self._pinned[purpose] = sizes_of(refs)
+
+    def make_room(self, version: PublishedVersion, in_hand: PublishedVersion | None) -> None:
         """Deletes every blob that neither `version`, the version in hand nor the one in use needs.
 
-        Raises `CacheTooSmall` if they are above the limit together; nothing is deleted then.
+        What versions are measured with stays where it fits. Raises `CacheTooSmall` if they are
+        above the limit together; nothing is deleted then.
         """
-        needed = sizes_of(self.refs_of(version))
-        if in_hand is not None:
-            needed |= sizes_of(self.refs_of(in_hand))
         present = self._present()
-        for digest in self._active_needs():
-            if digest in present:
-                needed.setdefault(digest, present[digest])
+        needed = sizes_of(self.refs_of(version)) | self._works_here(in_hand, present)
+        limit_bytes = self._cache_limit_bytes
+        graphs = {*self._measures(version), *self._measures(in_hand)} & present.keys()
+        spared = {digest: present[digest] for digest in graphs} | self._measured
+        for digest, size_bytes in spared.items():
+            if limit_bytes is None or sum(needed.values()) + size_bytes <= limit_bytes:
+                needed.setdefault(digest, size_bytes)
         what = f"version {version.number} and the version in hand"
         for digest in superfluous(present, needed, self._cache_limit_bytes, what):
+            self.blobs.delete(digest)
+
+    def make_room_to_measure(
+        self, refs: Sequence[BlobRef], in_hand: PublishedVersion | None
+    ) -> None:
+        """Keeps room for `refs`, which a version is measured with, beside what works here.
+
+        Only where the limit wants it are other blobs deleted. Raises `CacheTooSmall` if these, the
+        version in hand and the one in use are above it together; nothing is deleted then.
+        """
+        self._measured = sizes_of(refs)
+        present = self._present()
+        needed = self._measured | self._works_here(in_hand, present)
+        what = "a version to be measured and the version in hand"
+        doomed = superfluous(present, needed, self._cache_limit_bytes, what)
+        limit_bytes = self._cache_limit_bytes
+        if limit_bytes is not None and sum((present | needed).values()) > limit_bytes:
+            for digest in doomed:
+                self.blobs.delete(digest)
+
+    def stop_measuring(self, in_hand: PublishedVersion | None) -> None:
+        """Deletes what was here to measure a version, but for what the version in hand has too."""
+        measured, self._measured = self._measured, {}
+        kept = {*self._works_here(in_hand, self._present()), *self._measures(in_hand)}
+        for digest in measured.keys() - kept:
             self.blobs.delete(digest)
 
     def sweep(self) -> None:
@@ -132,6 +182,7 @@ class Library:
                 for path in folder.iterdir():
                     if is_partial(path):
                         path.unlink(missing_ok=True)
+        self.personal.sweep()
         try:
             active = self.active()
         except StoreError:
@@ -139,9 +190,9 @@ class Library:
             return
         if active is not None:
             older = [n for n in self._model_numbers() if n < active.version]
-            self._keep_models({active.version, *sorted(older)[-1:]})
+            self._keep_models({active.version, *sorted(older)[-1:], *self._standby_numbers()})
 
-    def needed(self, version: VersionAnnouncement, manifest: PlanManifest) -> tuple[BlobRef, ...]:
+    def needed(self, version: PublishedVersion, manifest: PlanManifest) -> tuple[BlobRef, ...]:
         """Every blob that training and predicting with a version take, its plan's first."""
         graphs = manifest.graphs
         words = () if manifest.vocabulary is None else (manifest.vocabulary,)
@@ -150,7 +201,7 @@ class Library:
             *(version.weights, version.golden),
         )
 
-    def holds(self, version: VersionAnnouncement) -> bool:
+    def holds(self, version: PublishedVersion) -> bool:
         """Whether every blob of the version is here. One that was cut short is removed.
 
         Raises as `manifest` does.
@@ -160,7 +211,7 @@ class Library:
         absent = [r for r in self.needed(version, self.manifest(version.plan)) if not self._has(r)]
         return not absent
 
-    def activation_of(self, version: VersionAnnouncement) -> ActivateJob:
+    def activation_of(self, version: PublishedVersion) -> ActivateJob:
         """The job that makes and checks the version's model."""
         manifest = self.manifest(version.plan)
         path = self.blobs.path
@@ -174,32 +225,86 @@ class Library:
             output=self._models / _model_name(version.number),
         )
 
-    def activate(self, version: VersionAnnouncement) -> None:
-        """Puts a model that passed its checks into use; older ones but the last go."""
+    def activate(self, version: PublishedVersion, *, stand_by: bool = False) -> None:
+        """Puts a model that passed its checks into use; older ones but the last go.
+
+        `stand_by`: the one that was in use is the last good one, for `put_back`.
+        """
         try:
             before = self.active()
         except StoreError:
             before = None
+        if stand_by and before is not None and before.version != version.number:
+            with disk(f"read {self._active_file}"):
+                record = self._active_file.read_bytes()
+            # Before the other file: at any moment both name a good model.
+            replace_file(self._standby_file, record)
         active = ActiveModel(
             version=version.number,
             plan_sha256=version.plan.sha256,
             model=_model_name(version.number),
             model_sha256=version.model_sha256,
+            weights_sha256=version.weights.sha256,
         )
         replace_file(self._active_file, active.model_dump_json().encode())
-        self._keep_models({version.number} | ({before.version} if before is not None else set()))
+        kept = {version.number, *self._standby_numbers()}
+        self._keep_models(kept | ({before.version} if before is not None else set()))
+
+    def has_model(self, version: PublishedVersion) -> bool:
+        """Whether the model that `activation_of` makes is here, whole: it has passed its checks."""
+        path = self._models / _model_name(version.number)
+        if not (path.is_file() and self.blobs.has(version.plan.sha256)):
+            return False
+        with disk(f"read {path}"):
+            return sha256(path.read_bytes()) == version.model_sha256
+
+    def standby(self) -> int | None:
+        """The version that `put_back` would put into use; None if there is none, or it is gone."""
+        try:
+            record = _record_in(self._standby_file)
+        except StoreError:
+            return None
+        if record is None or not (self._models / record.model).is_file():
+            return None
+        return record.version
+
+    def put_back(self) -> int:
+        """Puts the last good version into use again, without a network, and returns its number.
+
+        Raises `StoreError` if it is not here, or not what it was.
+        """
+        record = _record_in(self._standby_file)
+        if record is None:
+            raise StoreError("there is no version to go back to")
+        path = self._models / record.model
+        with disk(f"read {path}"):
+            actual = sha256(path.read_bytes())
+        if actual != record.model_sha256:
+            raise StoreError(f"{path} is damaged")
+        replace_file(self._active_file, record.model_dump_json().encode())
+        return record.version
+
+    def forget_standby(self) -> None:
+        """There is no last good version any more."""
+        with disk(f"remove {self._standby_file}"):
+            self._standby_file.unlink(missing_ok=True)
+
+    def weights_in_use(self) -> Digest | None:
+        """The weights that the version in use was made from; None if that is not known."""
+        try:
+            record = _record_in(self._active_file)
+        except StoreError:
+            return None
+        return None if record is None else record.weights_sha256
 
     def active(self) -> Active | None:
         """The version in use, None before the first.
 
         Raises `StoreError` for a record that is damaged or names a model that is gone.
         """
-        try:
-            record = ActiveModel.model_validate_json(self._active_file.read_bytes())
-        except FileNotFoundError:
+        record = _record_in(self._active_file)
+        if record is None:
             return None
-        except (OSError, ValidationError) as error:
-            raise StoreError(f"{self._active_file} cannot be read: {error}") from error
         model = self._models / record.model
         if not model.is_file():
             raise StoreError(f"{self._active_file} names {model}, which is gone")
@@ -207,20 +312,61 @@ class Library:
             version=record.version, model=model, manifest=self.blobs.path(record.plan_sha256)
         )
 
+    def serving(self) -> Active | None:
+        """What answers now: the personal model of the version in use, else the version itself.
+
+        Raises as `active` does.
+        """
+        active = self.active()
+        if active is None:
+            return None
+        model = self.personal.model_of(active.version, active.manifest.name)
+        return active if model is None else replace(active, model=model, personal=True)
+
+    def _works_here(
+        self, in_hand: PublishedVersion | None, present: Mapping[Digest, int]
+    ) -> dict[Digest, int]:
+        works = {} if in_hand is None else sizes_of(self.refs_of(in_hand))
+        for pinned in self._pinned.values():
+            works |= pinned
+        for digest in self._active_needs():
+            if digest in present:
+                works.setdefault(digest, present[digest])
+        return works
+
     def _active_needs(self) -> tuple[Digest, ...]:
-        """What answering with the version in use takes, beside its model."""
-        try:
-            active = self.active()
-            if active is None:
-                return ()
-            words = _decoded(self.blobs.read(active.manifest.name)).vocabulary
-        except StoreUnavailable:
-            raise
-        except StoreError:
-            # Damaged: the version in hand is put into use anew.
+        """What answering with the version in use takes, beside its model, and with the one before.
+
+        With rollouts also what others are measured against.
+        """
+        needs: list[Digest] = []
+        for path in (self._active_file, self._standby_file):
+            try:
+                record = _record_in(path)
+                if record is None:
+                    continue
+                manifest = _decoded(self.blobs.read(record.plan_sha256))
+            except StoreUnavailable:
+                raise
+            except StoreError:
+                # Damaged: the version in hand is put into use anew.
+                continue
+            needs.append(record.plan_sha256)
+            if manifest.vocabulary is not None:
+                needs.append(manifest.vocabulary.sha256)
+            if self.is_staged and path == self._active_file and record.weights_sha256 is not None:
+                needs += [record.weights_sha256, manifest.graphs.eval.sha256]
+        return tuple(needs)
+
+    def _measures(self, version: PublishedVersion | None) -> tuple[Digest, ...]:
+        """What only a device that measures fetches, and keeps while the plan is the same."""
+        if version is None or not self.blobs.has(version.plan.sha256):
             return ()
-        plan = active.manifest.name
-        return (plan,) if words is None else (plan, words.sha256)
+        return (self.manifest(version.plan).graphs.eval.sha256,)
+
+    def _standby_numbers(self) -> set[int]:
+        number = self.standby()
+        return set() if number is None else {number}
 
     def _has(self, ref: BlobRef) -> bool:
         path = self.blobs.path(ref.sha256)
@@ -248,6 +394,16 @@ class Library:
                 # What cannot be deleted now is at the next start.
                 with contextlib.suppress(OSError):
                     (self._models / _model_name(number)).unlink(missing_ok=True)
+
+
+def _record_in(path: Path) -> ActiveModel | None:
+    """What `active.json` or `standby.json` says; None without the file. Raises `StoreError`."""
+    try:
+        return ActiveModel.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
 
 
 def _model_name(version: int) -> str:

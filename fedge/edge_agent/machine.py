@@ -159,6 +159,19 @@ def trains(state: Agent, number: int) -> bool:
     return work is not None and (work.assignment.round, work.stage) == (number, Stage.TRAINING)
 
 
+def is_idle(state: Agent) -> bool:
+    """Whether the device may work, and no round waits for what it is at."""
+    newest, missing, work = state.announced, state.missing, state.work
+    given_up = (
+        newest is not None
+        and missing is not None
+        and missing.version == newest.number
+        and missing.outlook is not Outlook.UNDER_WAY
+    )
+    fetches = newest is not None and newest.number != state.held and not given_up
+    return state.eligible and not fetches and (work is None or work.stage is Stage.OFFERED)
+
+
 def step(state: Agent, event: Event) -> Step:  # noqa: PLR0911, PLR0912 -- one for each event
     """The next state and what to do."""
     match event:
@@ -229,7 +242,9 @@ def _version_seen(state: Agent, announcement: VersionAnnouncement) -> Step:
         return state, ()
     state = replace(state, announced=announcement)
     if state.held == announcement.number:
-        return state, () if state.active == state.held else (Activate(announcement),)
+        # In stages, a rollout says what is put into use, and when.
+        is_due = state.active != state.held and not announcement.staged
+        return state, (Activate(announcement),) if is_due else ()
     if newest is not None and newest.number == announcement.number:
         return state, ()
     state, said = _give_up_replaced(state)
@@ -255,8 +270,9 @@ def _fetched(state: Agent, version: int) -> Step:
         # Not before: until now the device could have gone on.
         state, said = _overdue(state, work.assignment.round, f"version {version} replaced its base")
         commands.extend(said)
-    if state.announced is not None and state.announced.number == version != state.active:
-        commands.append(Activate(state.announced))
+    newest = state.announced
+    if newest is not None and newest.number == version != state.active and not newest.staged:
+        commands.append(Activate(newest))
     if state.missing is not None and state.missing.version <= version:
         # Without it the device did not check in.
         state, more = _maybe_check_in(replace(state, missing=None))

@@ -22,7 +22,8 @@ DAY_S = 86_400.0
 class ParticipationSettings(BaseModel):
     """`[participation]`: what this device gives at most.
 
-    `minimum_examples`: fewer, and it takes no part. `every_rounds`: from one round that it made an
+    `minimum_examples`: fewer, and it takes no part. `minimum_hold_out`: with fewer held out it does
+    not say what a version is worth on them. `every_rounds`: from one round that it made an
     update for to the next, at least so many rounds. `sampling_period_rounds`: of so many rounds in
     a row it may take part in one, drawn anew each time. `daily_training_s`, `daily_upload_bytes`,
     `daily_energy_wh`: in any 24 hours. `watts`: what the device draws more while it trains, by the
@@ -32,6 +33,7 @@ class ParticipationSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     minimum_examples: Annotated[int, Field(ge=1)] = 1
+    minimum_hold_out: Annotated[int, Field(ge=1)] = 5
     every_rounds: Annotated[int, Field(ge=1)] = 1
     sampling_period_rounds: Annotated[int, Field(ge=1)] = 1
     daily_training_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None

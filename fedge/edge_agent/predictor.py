@@ -2,7 +2,8 @@
 
 An application gives what it has: an image file, an array, a row of numbers. The plan's manifest
 says how that becomes the model's input, by the same specification as in training, and what the
-output means. One thread, one example at a time; nothing here learns or sends.
+output means. One thread, one example at a time; nothing here learns or sends. Pillow is imported
+when there is an image to read.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from fedge.edge_agent.engines.onnx_session import RUNTIME_ERRORS, open_session
 from fedge.edge_agent.suggestions import Suggestions, read_typed, suggested
@@ -24,6 +24,11 @@ from fedge.schemas.plan import PlanManifest
 from fedge.schemas.plan_words import word_encoder
 from fedge.schemas.tensors import Array, check_tensors
 from fedge.schemas.words import Vocabulary
+
+MAX_PIXELS = 25_000_000
+"""Of an image that is read: 75 MB of memory. A few bytes may claim to be far more."""
+_APP_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+"""What is read when an app hands over bytes: Pillow has decoders that start other programs."""
 
 RawExample = bytes | Path | Array | Sequence[float] | str
 """An encoded image, the path of one, pixels or columns as an array, a row of numbers, or what was
@@ -90,6 +95,7 @@ class Predictor:
     """The model at `model_path`, an activated file, which `manifest`'s plan made.
 
     `vocabulary`: the plan's, where it has one.
+
     Raises `StoreError` if there is no such file, `PlanRefused` if onnxruntime cannot load it or
     its interface is not the plan's.
     """
@@ -101,7 +107,9 @@ class Predictor:
         if not model_path.is_file():
             raise StoreError(f"there is no model at {model_path}: no version is active yet")
         self._manifest = manifest
-        self._session = open_session(str(model_path))
+        self._output = manifest.output.of("output")
+        self.vocabulary = vocabulary
+        self._session = open_session(str(model_path), keep_repacked=False)
         inputs = [argument.name for argument in self._session.get_inputs()]
         outputs = [argument.name for argument in self._session.get_outputs()]
         if (inputs, outputs) != (["input"], ["output"]):
@@ -119,7 +127,7 @@ class Predictor:
             output: Array = self._session.run(["output"], {"input": inputs})[0]
         except RUNTIME_ERRORS as error:
             raise PlanRefused(f"the model could not be run: {error}") from error
-        check_tensors({"output": output}, [self._manifest.output.of("output")])
+        check_tensors({"output": output}, [self._output])
         if typed is not None and self._words is not None:
             return suggested(output[0], typed.begun, self._words, top=top)
         return interpret(output[0], self._manifest, top=top)
@@ -188,15 +196,25 @@ def _pixels(raw: RawExample, features: ImageFeatures) -> Array:
         raise ConfigError("this task takes an image, not a text")
     if not isinstance(raw, bytes | Path):
         return np.asarray(raw)
+    from PIL import Image, UnidentifiedImageError  # noqa: PLC0415 -- see the top of the file
+
     name = "the image" if isinstance(raw, bytes) else str(raw)
+    source = io.BytesIO(raw) if isinstance(raw, bytes) else raw
+    formats = _APP_FORMATS if isinstance(raw, bytes) else None
     try:
-        with Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw) as image:
+        with Image.open(source, formats=formats) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ConfigError(
+                    f"{name} has {width} x {height} pixels, at most {MAX_PIXELS:,} are read"
+                )
             if image.mode.startswith(("I", "F")):
                 raise ConfigError(f"{name} has more than 8 bits a channel; save it with 8")
             converted = image.convert("L" if features.channels == 1 else "RGB")
     except UnidentifiedImageError as error:
         raise ConfigError(f"{name} is not an image in a known format (PNG, JPEG, …)") from error
-    except (OSError, Image.DecompressionBombError) as error:
+    # Pillow's decoders raise each of these for damaged files.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{name} cannot be read: {error}") from error
     size = (features.width, features.height)
     if converted.size != size:
@@ -208,6 +226,10 @@ def _row(raw: RawExample, features: TabularFeatures) -> Array:
     if isinstance(raw, bytes | Path | str):
         raise ConfigError(f"this task takes a row of {features.columns} numbers, not a file")
     try:
-        return np.asarray(raw, np.float32).reshape(-1)
+        with np.errstate(over="ignore"):
+            row = np.asarray(raw, np.float32).reshape(-1)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"a row of {features.columns} numbers, please: {error}") from error
+    if not np.isfinite(row).all():
+        raise ConfigError("a row of numbers that float32 can hold, please: one is beyond, or none")
+    return row

@@ -7,12 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedge.edge_agent.apps.settings import AppsSettings
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.eligibility import EligibilitySettings
 from fedge.edge_agent.engines import EngineName
 from fedge.edge_agent.example_limits import ExampleLimits
 from fedge.edge_agent.participation import ParticipationSettings
+from fedge.edge_agent.personalisation import PersonalisationSettings
 from fedge.edge_agent.trainer.process import TrainerLimits
+from fedge.edge_agent.word_counts import WordCountSettings
 from fedge.schemas.ids import DeviceName, PopulationName
 from fedge.schemas.link.broker import BrokerSettings
 from fedge.schemas.toml_settings import read_toml
@@ -86,6 +89,9 @@ class Settings(_Table):
     eligibility: EligibilitySettings | None = None
     participation: ParticipationSettings = ParticipationSettings()
     examples: ExampleSettings = ExampleSettings()
+    personalisation: PersonalisationSettings | None = None
+    apps: AppsSettings = AppsSettings()
+    word_counts: WordCountSettings = WordCountSettings()
 
 
 def load(path: Path) -> Settings:

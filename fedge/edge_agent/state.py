@@ -9,7 +9,7 @@ without a network knows what it holds.
 from __future__ import annotations
 
 import sqlite3
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -21,12 +21,20 @@ from fedge.edge_agent.participation import Usage
 from fedge.edge_agent.sqlite_file import connect, sqlite_errors, transaction
 from fedge.schemas.errors import ConfigError, StoreError, StoreUnavailable
 from fedge.schemas.logs import EventLog
-from fedge.schemas.messages import Offer, ReceiptStatus, VersionAnnouncement
+from fedge.schemas.messages import (
+    Offer,
+    ReceiptStatus,
+    TrialOutcome,
+    TrialReport,
+    VersionAnnouncement,
+)
 
 log = EventLog(__name__)
 
 LEDGER_LINES = 10_000
 """Rounds that the ledger remembers: years of them, in about a megabyte."""
+TRIALS_KEPT = 64
+"""Of the newest rollouts."""
 LOST = "lost"
 """In the ledger: the update was gone or damaged before it had a receipt."""
 
@@ -53,6 +61,14 @@ CREATE TABLE IF NOT EXISTS ledger (
     status TEXT NOT NULL,
     reason TEXT
 ) STRICT;
+CREATE TABLE IF NOT EXISTS trials (
+    rollout INTEGER NOT NULL,
+    version INTEGER NOT NULL,
+    begun INTEGER NOT NULL,
+    report TEXT,
+    counted INTEGER NOT NULL,
+    PRIMARY KEY (rollout, version)
+) STRICT;
 CREATE TABLE IF NOT EXISTS usage (
     id INTEGER PRIMARY KEY,
     at_s REAL NOT NULL,
@@ -73,6 +89,14 @@ class Participation:
     upload_bytes: int
     status: str
     reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """How a candidate ended here. `counted`: the coordinator said that it knows."""
+
+    report: TrialReport
+    counted: bool
 
 
 class AgentState:
@@ -233,6 +257,80 @@ class AgentState:
         """The newest `LEDGER_LINES` rounds that this device trained for, oldest first."""
         with closing(self._run("SELECT * FROM ledger ORDER BY round")) as rows:
             return [Participation(*row) for row in rows]
+
+    # ------------------------------------------------------------ trials
+
+    def begin_trial(self, rollout: int, version: int) -> int:
+        """Remembers that a rollout's version is tried; how often it was begun, this one too."""
+        with self._transaction():
+            self._run(
+                "INSERT INTO trials VALUES (?, ?, 1, NULL, 0) "
+                "ON CONFLICT (rollout, version) DO UPDATE SET begun = begun + 1",
+                rollout,
+                version,
+            )
+            self._run(
+                "DELETE FROM trials WHERE rowid NOT IN "
+                "(SELECT rowid FROM trials ORDER BY rowid DESC LIMIT ?)",
+                TRIALS_KEPT,
+            )
+        with closing(
+            self._run(
+                "SELECT begun FROM trials WHERE rollout = ? AND version = ?", rollout, version
+            )
+        ) as rows:
+            return int(rows.fetchone()[0])
+
+    def give_up_trial(self, rollout: int, version: int) -> None:
+        """One that was begun was stopped on purpose: it does not count."""
+        self._run(
+            "UPDATE trials SET begun = max(begun - 1, 0) WHERE rollout = ? AND version = ?",
+            rollout,
+            version,
+        )
+
+    def end_trial(self, report: TrialReport) -> None:
+        """Remembers how a trial ended; how it ended first stays."""
+        self._run(
+            "UPDATE trials SET report = ? WHERE rollout = ? AND version = ? AND report IS NULL",
+            report.model_dump_json(),
+            report.rollout,
+            report.version,
+        )
+
+    def trial(self, rollout: int, version: int) -> Trial | None:
+        """A trial that has ended; None if it has not, or its report cannot be read."""
+        with closing(
+            self._run(
+                "SELECT report, counted FROM trials WHERE rollout = ? AND version = ?",
+                rollout,
+                version,
+            )
+        ) as rows:
+            row = rows.fetchone()
+        if row is None or row[0] is None:
+            return None
+        try:
+            return Trial(TrialReport.model_validate_json(row[0]), counted=bool(row[1]))
+        except ValidationError as error:
+            log.error("trial_unreadable", rollout=rollout, reason=str(error))
+            return None
+
+    def count_trial(self, rollout: int) -> None:
+        """Remembers that the coordinator has counted the report."""
+        self._run("UPDATE trials SET counted = 1 WHERE rollout = ?", rollout)
+
+    def failed_versions(self) -> frozenset[int]:
+        """The versions that did not pass their latest trial here."""
+        ends: dict[int, bool] = {}
+        with closing(
+            self._run("SELECT version, report FROM trials WHERE report IS NOT NULL ORDER BY rowid")
+        ) as rows:
+            for version, text in rows:
+                with suppress(ValidationError):
+                    outcome = TrialReport.model_validate_json(text).outcome
+                    ends[version] = outcome is TrialOutcome.ROLLED_BACK
+        return frozenset(version for version, failed in ends.items() if failed)
 
     # ------------------------------------------------------------ usage
 

@@ -6,7 +6,10 @@ that word goes on, and only words that begin so are suggested. Knows no file and
 
 from __future__ import annotations
 
+import bisect
+import functools
 import re
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fedge.schemas.tensors import Array
-from fedge.schemas.words import FIRST_WORD, WordEncoder, normalised
+from fedge.schemas.words import FIRST_WORD, Vocabulary, WordEncoder, normalised
 
 MAX_TYPED_CHARACTERS = 10_000
 """Of what was typed only the end is read; more is cut off before it costs anything."""
 
-_UNFINISHED = re.compile(r"[^\W_](?:[^\W_]|['-](?=[^\W_]))*\Z")
+_UNFINISHED = re.compile(r"[^\W_](?:[^\W_]|['\u2019\u2018\u02bc\u2010-](?=[^\W_]))*\Z")
+"""With the apostrophes and hyphens that phones put in; `normalised` makes them plain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +75,7 @@ def suggested(output: Array, begun: str, encoder: WordEncoder, *, top: int) -> S
     probabilities = scores / scores.sum()
     probabilities[:FIRST_WORD] = 0.0
     if begun:
-        fits = [number for number, word in vocabulary.numbered() if word.startswith(begun)]
-        candidates = np.array(fits, np.int64)
+        candidates = _alphabetical(vocabulary).beginning(begun)
     else:
         candidates = np.arange(FIRST_WORD, len(vocabulary))
     # Only the first few are wanted in order, of ten thousand.
@@ -86,3 +89,40 @@ def suggested(output: Array, begun: str, encoder: WordEncoder, *, top: int) -> S
     return Suggestions(
         tuple(Suggestion(words[n - FIRST_WORD], float(probabilities[n])) for n in ordered), begun
     )
+
+
+def accepted(text: str, word: str) -> str:
+    """What was typed, after the suggestion `word` was taken: with it, and a space to go on.
+
+    What is begun stays as it was typed, in capitals or not, and the rest of the word follows.
+    """
+    unfinished = _UNFINISHED.search(text[-MAX_TYPED_CHARACTERS:])
+    begun = "" if unfinished is None else unfinished.group()
+    if word.startswith(begun.casefold()) and begun:
+        return f"{text}{word[len(begun) :]} "
+    finished = text[: len(text) - len(begun)]
+    apart = "" if not finished or finished[-1].isspace() else " "
+    return f"{finished}{apart}{word} "
+
+
+class _Alphabetical:
+    """The words of a vocabulary in order, to find those with one beginning."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        words = vocabulary.words
+        order = sorted(range(len(words)), key=words.__getitem__)
+        self._words = [words[place] for place in order]
+        self._numbers = np.array(order, np.int64) + FIRST_WORD
+
+    def beginning(self, begun: str) -> npt.NDArray[np.int64]:
+        """The numbers of the words that begin so, by falling frequency as far as that is custom."""
+        first = bisect.bisect_left(self._words, begun)
+        # No character comes after the last one that there is.
+        last = bisect.bisect_left(self._words, begun + chr(sys.maxunicode), lo=first)
+        return np.sort(self._numbers[first:last])
+
+
+@functools.lru_cache(maxsize=2)
+def _alphabetical(vocabulary: Vocabulary) -> _Alphabetical:
+    """Made once for a vocabulary: the one that answers, and the one that takes its place."""
+    return _Alphabetical(vocabulary)

@@ -59,7 +59,11 @@ class UsageMeter:
         found = self._memory.usage(now_s - DAY_S)
         if any(line.at_s > now_s for line in found):
             self._storage.attempt("usage", lambda: self._memory.redate_usage(now_s))
-        return [*found, Usage(now_s, self._unwritten_s(), self._owed_bytes)]
+        return [*found, self.unwritten()]
+
+    def unwritten(self) -> Usage:
+        """What this meter has measured and not written yet, dated now."""
+        return Usage(self._wall_clock(), self._unwritten_s(), self._owed_bytes)
 
     def _unwritten_s(self) -> float:
         if self._since_s is None:

@@ -8,7 +8,7 @@ coordinator. Which version is wanted, and when, is not decided here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
 from fedge.edge_agent.cache import CacheTooSmall
@@ -21,7 +21,7 @@ from fedge.edge_agent.trainer.process import Trainer
 from fedge.schemas.blobs import BlobRef
 from fedge.schemas.errors import FedgeError, StoreError, StoreUnavailable
 from fedge.schemas.logs import EventLog
-from fedge.schemas.messages import Report, ReportKind, VersionAnnouncement
+from fedge.schemas.messages import PublishedVersion, Report, ReportKind, VersionAnnouncement
 from fedge.schemas.plan import PlanManifest
 
 log = EventLog(__name__)
@@ -106,6 +106,11 @@ class Versions:
         to be fetched, `fetch` does the same.
         """
         self._heard = version
+        held = self.held
+        if held is not None and held.number == version.number and held.staged != version.staged:
+            # What it is for has changed, and nothing else: there is nothing to fetch.
+            self.held = version
+            self._storage.attempt("announcement", lambda: self._memory.keep_announcement(version))
         if not self._swept and self.held is not None and version.number == self.held.number:
             self._swept = True
             held = self.held
@@ -142,11 +147,30 @@ class Versions:
 
     async def _bring(self, version: VersionAnnouncement) -> None:
         self._swept = True
+        self._library.pin("newest", self._library.refs_of(version))
         self._library.make_room(version, self._in_hand())
         manifest = await self._manifest(version.plan)
         # Now the sizes of its graphs are known, too.
+        self._library.pin("newest", self._library.refs_of(version))
         self._library.make_room(version, self._in_hand())
         await self._downloads.fetch(self._library.needed(version, manifest))
+
+    async def bring(
+        self, version: PublishedVersion, beside: Iterable[BlobRef] = ()
+    ) -> PlanManifest:
+        """Fetches what using and measuring a version takes, and `beside`; beside the newest one.
+
+        Raises as `Library.make_room` and `Downloads.fetch`. Called again, it goes on.
+        """
+        more = tuple(beside)
+        self._library.pin("rollout", (*self._library.refs_of(version), *more))
+        self._library.make_room(version, self._in_hand())
+        manifest = await self._manifest(version.plan)
+        refs = (*self._library.needed(version, manifest), manifest.graphs.eval, *more)
+        self._library.pin("rollout", (version.plan, *refs))
+        self._library.make_room(version, self._in_hand())
+        await self._downloads.fetch(refs)
+        return manifest
 
     def _in_hand(self) -> VersionAnnouncement | None:
         if self.held is not None:
@@ -185,6 +209,9 @@ class Versions:
         """
         wanted = version
         while True:
+            if self._heard is not None and self._heard.staged:
+                # Since it was asked for, the fleet has changed to rollouts.
+                return
             if self.held is not None and self.held.number > wanted.number:
                 wanted = self.held
             try:

@@ -27,6 +27,11 @@ RoundNumber = Annotated[int, Field(ge=1, le=2**53 - 1)]
 VersionNumber = Annotated[int, Field(ge=0, le=2**53 - 1)]
 """Version 0 holds the initial weights. Numbers only rise."""
 
+EvaluationNumber = Annotated[int, Field(ge=1, le=2**53 - 1)]
+
+RolloutNumber = Annotated[int, Field(ge=0, le=2**53 - 1)]
+"""0 stands for none."""
+
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 

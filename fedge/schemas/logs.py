@@ -35,9 +35,15 @@ class EventLog:
         """What needs somebody."""
         self._log(logging.ERROR, event, fields)
 
-    def _log(self, level: int, event: str, fields: dict[str, Field]) -> None:
+    def exception(self, event: str, **fields: Field) -> None:
+        """What nobody foresaw, with its traceback. In an `except` block."""
+        self._log(logging.ERROR, event, fields, with_traceback=True)
+
+    def _log(
+        self, level: int, event: str, fields: dict[str, Field], *, with_traceback: bool = False
+    ) -> None:
         if self._logger.isEnabledFor(level):
-            self._logger.log(level, event, extra={_FIELDS: fields})
+            self._logger.log(level, event, extra={_FIELDS: fields}, exc_info=with_traceback)
 
 
 class TextFormatter(logging.Formatter):

@@ -11,18 +11,21 @@ import time
 from enum import StrEnum
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedge.schemas.blobs import BlobRef
 from fedge.schemas.errors import PeerError, RejectReason
 from fedge.schemas.ids import (
     Digest,
+    EvaluationNumber,
     MessageId,
+    RolloutNumber,
     RoundNumber,
     Seed,
     VersionNumber,
     new_message_id,
 )
+from fedge.schemas.word_reports import Epsilon, HashKey
 
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 124 * 1024
@@ -33,6 +36,8 @@ Detail = Annotated[str, Field(max_length=500)]
 Seconds = Annotated[float, Field(ge=0, le=30 * 86400)]
 Count = Annotated[int, Field(ge=0, le=2**40)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Sum = Annotated[float, Field(allow_inf_nan=False, ge=-1e15, le=1e15)]
+"""Over one device's examples: so bounded that the sums of a fleet stay finite."""
 Bitmap = Annotated[str, Field(max_length=512)]
 
 
@@ -49,8 +54,8 @@ class Message(BaseModel):
 # ---------------------------------------------------------------- coordinator → all, retained
 
 
-class VersionAnnouncement(Message):
-    """The newest version: everything a device must fetch to use it or to train from it.
+class PublishedVersion(Message):
+    """Everything that a device must fetch to use a version or to train from it.
 
     `model_sha256`, `model_bytes`: the ONNX file that a device makes from the plan's `infer` graph
     and `weights`. `golden`: the outputs it must give for the plan's golden inputs.
@@ -62,6 +67,61 @@ class VersionAnnouncement(Message):
     golden: BlobRef
     model_sha256: Digest
     model_bytes: Count
+
+
+class VersionAnnouncement(PublishedVersion):
+    """The newest version.
+
+    `staged`: it is what devices train from; what apps use is said by `StableAnnouncement` and
+    `CandidateAnnouncement`. Without it, each newest version is put into use at once.
+    """
+
+    staged: Literal[True] | None = None
+
+
+class StableAnnouncement(PublishedVersion):
+    """The version that apps use on every device that no rollout reaches."""
+
+
+class CandidatePhase(StrEnum):
+    """What devices do with the candidate of a rollout."""
+
+    RUNNING = "running"
+    """Who is in the share tries it; who passed uses it."""
+    PAUSED = "paused"
+    """Nobody begins to try it; who passed uses it."""
+    DONE = "done"
+    """It is the stable version now. Who was away tries it still, before using it."""
+    WITHDRAWN = "withdrawn"
+    """Nobody uses it: back to the last good version, or to the stable one."""
+
+
+class TrialChecks(BaseModel):
+    """What a device asks of a candidate, beside its digest and parity. None: not asked.
+
+    `max_loss_increase`: on the device's own hold-out, relative to the version that it uses now.
+    `min_hold_out`: with fewer examples there the loss says nothing, and is not asked.
+    `max_latency_ms`: of one example. `max_latency_ratio`: to the version in use.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_loss_increase: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    min_hold_out: Annotated[int, Field(ge=1, le=10**9)] = 1
+    max_latency_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_latency_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+
+
+class CandidateAnnouncement(PublishedVersion):
+    """The version of the newest rollout, and whom it reaches. `rollout` 0: there was none yet.
+
+    `share`: devices whose place (`rollout_share.place_of`) is below it are in.
+    """
+
+    rollout: RolloutNumber
+    phase: CandidatePhase
+    share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    checks: TrialChecks = TrialChecks()
 
 
 class RoundPhase(StrEnum):
@@ -101,6 +161,22 @@ class RollCall(Message):
     Not retained: it is for those who are connected now.
     """
 
+    spread_s: Seconds = 0.0
+
+
+class WordCountAnnouncement(Message):
+    """Each device that agreed to it should tell one noisy word: see `word_reports`.
+
+    `campaign`: drawn for this word count, so that no other has it, also after a restore. `epsilon`:
+    what an answer costs of the device's limit. `least_typed`: words typed less often are not drawn.
+    `new_only`: only words that the plan's vocabulary lacks are drawn. A device waits a random part
+    of `spread_s` first.
+    """
+
+    campaign: MessageId
+    epsilon: Epsilon
+    least_typed: Annotated[int, Field(ge=1, le=1000)]
+    new_only: bool = False
     spread_s: Seconds = 0.0
 
 
@@ -178,6 +254,33 @@ class Abort(Message):
     reason: RejectReason
 
 
+class EvaluationRequest(Message):
+    """Measure version `number` on the examples that you never train on, and say the sums.
+
+    It is said again until there is an answer or the time is over. `weights`: of that version, which
+    may be older than the newest one; `plan`: the manifest, which names the graph. `deadline_s`:
+    from now on; an answer after that is not wanted.
+    """
+
+    evaluation: EvaluationNumber
+    number: VersionNumber
+    plan: BlobRef
+    weights: BlobRef
+    deadline_s: Seconds
+
+
+class TrialCounted(Message):
+    """The device's report about a rollout is kept: it need not be said again."""
+
+    rollout: RolloutNumber
+
+
+class WordCountHeard(Message):
+    """The device's answer is kept, or not wanted any more: it need not be said again."""
+
+    campaign: MessageId
+
+
 # ---------------------------------------------------------------- device → coordinator
 
 
@@ -242,6 +345,107 @@ class Report(Message):
     version: VersionNumber | None = None
     round: RoundNumber | None = None
     detail: Detail = ""
+
+
+class EvaluationStatus(StrEnum):
+    """How a device answers an evaluation."""
+
+    OK = "ok"
+    """It measured the version: here are the sums."""
+    NO_HOLD_OUT = "no_hold_out"
+    """It keeps no examples apart, or fewer than it tells anything about."""
+    FAILED = "failed"
+    """It could not measure the version; the detail says why."""
+
+
+class EvaluationSums(BaseModel):
+    """What was measured on a device, as sums over its hold-out: never of a single example.
+
+    `rows`: what the loss is summed over; `examples`: how many these are for people, texts for one,
+    of which a row is a window. `metrics`: by the plan's names.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    examples: Annotated[int, Field(ge=1, le=2**40)]
+    rows: Annotated[int, Field(ge=1, le=2**40)]
+    loss_sum: Sum
+    metrics: Annotated[dict[Annotated[str, Field(max_length=40)], Sum], Field(max_length=16)]
+
+
+class EvaluationResult(Message):
+    """The answer to an evaluation: sums if it is `ok`, else none.
+
+    `personal`: what the device's own copy of exactly this version gives on the same examples, where
+    it keeps one. `detail`: for the operator; it says nothing of what the examples hold.
+    """
+
+    evaluation: EvaluationNumber
+    number: VersionNumber
+    status: EvaluationStatus
+    sums: EvaluationSums | None = None
+    personal: EvaluationSums | None = None
+    detail: Detail = ""
+
+    @model_validator(mode="after")
+    def _sums_if_it_is_ok(self) -> EvaluationResult:
+        measured = self.status is EvaluationStatus.OK
+        if measured != (self.sums is not None) or (self.personal is not None and not measured):
+            raise ValueError("sums go with the status ok, and with no other")
+        return self
+
+
+class TrialOutcome(StrEnum):
+    """The two ends of a candidate on a device."""
+
+    ACTIVE = "active"
+    """It passed, and apps use it."""
+    ROLLED_BACK = "rolled_back"
+    """It did not, and apps use what they used before."""
+
+
+class TrialReason(StrEnum):
+    """The check that a candidate did not pass on a device."""
+
+    FETCH = "fetch"
+    """It cannot be had here: it does not fit, or contradicts itself."""
+    BUILD = "build"
+    """Its file is not the announced one, breaks the rules for plans, or does not run here."""
+    PARITY = "parity"
+    """It gives other outputs here than at the coordinator."""
+    LATENCY = "latency"
+    HOLD_OUT = "hold_out"
+    """It is worse on the device's own hold-out, or cannot be measured there."""
+    INTERRUPTED = "interrupted"
+    """The agent or its training process was killed in the midst, again and again."""
+
+
+class TrialReport(Message):
+    """What became of a candidate on a device. Said again until it is counted.
+
+    `latency_ms`: of one example. `loss_ratio`: its loss over that of the version before, None if it
+    was not measured; `detail` says why, or what was found.
+    """
+
+    rollout: RolloutNumber
+    version: VersionNumber
+    outcome: TrialOutcome
+    reason: TrialReason | None = None
+    detail: Detail = ""
+    latency_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    loss_ratio: Finite | None = None
+    hold_out: Count | None = None
+
+
+class WordCountAnswer(Message):
+    """The noisy word. A device says the same of a campaign however often, `id` and `ts` included.
+
+    `key`: of the hash function that it has drawn. `bucket`: the one that it names.
+    """
+
+    campaign: MessageId
+    key: HashKey
+    bucket: Annotated[int, Field(ge=0, le=2**16)]
 
 
 # ---------------------------------------------------------------- presence

@@ -38,3 +38,6 @@ ALLOWED_OPERATORS: frozenset[str] = frozenset({
 })
 # fmt: on
 """By their names in opset 18."""
+
+INFER_OPERATORS: frozenset[str] = ALLOWED_OPERATORS | {"DequantizeLinear"}
+"""Those of an `infer` graph, which only onnxruntime runs: its weights may be int8."""

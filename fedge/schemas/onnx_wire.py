@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedge.schemas.errors import PlanRefused
-from fedge.schemas.onnx_operators import ALLOWED_OPERATORS
+from fedge.schemas.onnx_operators import ALLOWED_OPERATORS, INFER_OPERATORS
 from fedge.schemas.protobuf_wire import (
     FIXED32,
     FIXED64,
@@ -40,6 +40,7 @@ from fedge.schemas.tensors import Array
 
 __all__ = [
     "ALLOWED_OPERATORS",
+    "INFER_OPERATORS",
     "GraphInterface",
     "TensorInfo",
     "check_graph",
@@ -53,6 +54,7 @@ MAX_GRAPH_DEPTH = 8
 _DTYPES = {
     1: "float32",
     2: "uint8",
+    3: "int8",
     6: "int32",
     7: "int64",
     9: "bool",
@@ -123,10 +125,11 @@ def check_graph(
     inputs: Iterable[str],
     outputs: Iterable[str],
     open_names: Iterable[str] = (),
+    operators: frozenset[str] = ALLOWED_OPERATORS,
 ) -> GraphInterface:
     """The interface of `data`, which obeys the rules for graphs of a plan.
 
-    The rules: operators of `ALLOWED_OPERATORS` only, from the default domain; no external data, no
+    The rules: operators of `operators` only, from the default domain; no external data, no
     functions, no training info; exactly `inputs` and `outputs`; nothing left open but names in
     `open_names`. Raises `PlanRefused` saying which rule is broken.
     """
@@ -137,7 +140,7 @@ def check_graph(
     if not found.opsets:
         raise PlanRefused("the file imports no operator set")
     for domain, operator in sorted(found.operators):
-        if domain not in ("", "ai.onnx") or operator not in ALLOWED_OPERATORS:
+        if domain not in ("", "ai.onnx") or operator not in operators:
             raise PlanRefused(f"the operator {domain or 'ai.onnx'}::{operator} is not allowed")
     if found.functions or found.training_info:
         raise PlanRefused("the file defines functions or training info; only a graph is allowed")

@@ -8,7 +8,8 @@ names by the prefixes below, and nothing else is allowed in a graph's interface.
     train: param.* frozen.* buffer.* state.* global.*  input target mask lr mu seed
            → next.param.* next.buffer.* next.state.*  loss  metric.*
     eval:  param.* frozen.* buffer.*  input target mask  → loss  metric.*   (sums over the batch)
-    infer: input → output, with param.* frozen.* buffer.* left open: a version's weights fill them
+    infer: input → output, with param.* frozen.* buffer.* left open: a version's weights fill them;
+           in a quantised plan, int8.param.x and scale.param.x in place of a param.x
 """
 
 from __future__ import annotations
@@ -90,6 +91,15 @@ class Graphs(_Frozen):
     infer: BlobRef
 
 
+class Quantization(_Frozen):
+    """What the inference file holds as int8 instead of float32. `int8`: tensor names, maybe none.
+
+    See `fedge.schemas.quantization`. Training, and what travels, is float32 in any case.
+    """
+
+    int8: Annotated[tuple[str, ...], Field(max_length=4096)]
+
+
 class PlanManifest(_Frozen):
     """Everything about a task that a device needs, immutable, named by its digest.
 
@@ -97,7 +107,9 @@ class PlanManifest(_Frozen):
     `target`: what the loss compares with. `output`: what `infer` returns.
     `golden`: safetensors with `input`: the examples of the parity check. `metrics`: sums of them
     are what the graphs give; `ratios`: what is told of those that a ratio names. `vocabulary`: the
-    words of word features, see `fedge.schemas.words`.
+    words of word features, see `fedge.schemas.words`. `quantization`: of the inference file; None
+    for one of float32, and then it is not in the manifest's bytes, which are those of releases that
+    did not know it.
     """
 
     v: Literal[1] = 1
@@ -117,6 +129,7 @@ class PlanManifest(_Frozen):
     vocabulary: BlobRef | None = None
     parity_tolerance: Annotated[float, Field(gt=0, le=1e-2)] = 1e-4
     opset: Annotated[int, Field(ge=18, le=30)] = 18
+    quantization: Quantization | None = None
 
     @model_validator(mode="after")
     def _ratios_are_of_metrics(self) -> PlanManifest:
@@ -132,6 +145,30 @@ class PlanManifest(_Frozen):
         if isinstance(self.features, WordFeatures) != (self.vocabulary is not None):
             raise ValueError("a vocabulary, and word features: both or neither")
         return self
+
+    @model_validator(mode="after")
+    def _quantized_weights_have_rows(self) -> PlanManifest:
+        if self.quantization is None:
+            return self
+        able = {w.tensor.name for w in self.weights if w.tensor.dtype == "float32"}
+        able -= {w.tensor.name for w in self.weights if not w.tensor.shape}
+        names = self.quantization.int8
+        if len(set(names)) != len(names) or not able.issuperset(names):
+            raise ValueError("int8 names a weight twice, or one that is not a float32 tensor")
+        return self
+
+    @property
+    def infer_names(self) -> tuple[str, ...]:
+        """What the `infer` graph may leave open: each weight, or its int8 form and its scales."""
+        int8 = () if self.quantization is None else self.quantization.int8
+        names: list[str] = []
+        for weight in self.weights:
+            names += (
+                quantized_names(weight.graph_name)
+                if weight.tensor.name in int8
+                else (weight.graph_name,)
+            )
+        return tuple(names)
 
     @property
     def blobs(self) -> tuple[BlobRef, ...]:
@@ -160,7 +197,8 @@ class PlanManifest(_Frozen):
 
     def encode(self) -> bytes:
         """The manifest's bytes, the same for equal manifests."""
-        return self.model_dump_json().encode()
+        unused = {"quantization"} if self.quantization is None else None
+        return self.model_dump_json(exclude=unused).encode()
 
     @property
     def digest(self) -> Digest:
@@ -182,3 +220,8 @@ class PlanManifest(_Frozen):
             if graph.size_bytes > MAX_GRAPH_BYTES:
                 raise PlanRefused(f"a graph of {graph.size_bytes} bytes, at most {MAX_GRAPH_BYTES}")
         return manifest
+
+
+def quantized_names(graph_name: str) -> tuple[str, str]:
+    """What a graph reads in place of the weight `graph_name`: its int8 form, and its scales."""
+    return f"int8.{graph_name}", f"scale.{graph_name}"

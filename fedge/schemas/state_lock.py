@@ -63,7 +63,9 @@ class StateLock:
 
     def release(self) -> None:
         """Lets the next one in. The file stays: removing it would let two processes lock two."""
-        self._file.close()
+        # On a full disk the number is still to be written; the file is closed all the same.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -58,8 +58,11 @@ RULES: dict[Channel, ChannelRule] = {
 KINDS: dict[Channel, dict[str, type[Message]]] = {
     Channel.ALL: {
         "version": messages.VersionAnnouncement,
+        "stable": messages.StableAnnouncement,
+        "candidate": messages.CandidateAnnouncement,
         "round": messages.RoundAnnouncement,
         "roll": messages.RollCall,
+        "words": messages.WordCountAnnouncement,
     },
     Channel.DOWN: {
         "assignment": messages.Assignment,
@@ -68,12 +71,18 @@ KINDS: dict[Channel, dict[str, type[Message]]] = {
         "have": messages.Have,
         "receipt": messages.Receipt,
         "abort": messages.Abort,
+        "evaluation": messages.EvaluationRequest,
+        "counted": messages.TrialCounted,
+        "words": messages.WordCountHeard,
     },
     Channel.UP: {
         "checkin": messages.Checkin,
         "offer": messages.Offer,
         "need": messages.Need,
         "report": messages.Report,
+        "evaluated": messages.EvaluationResult,
+        "trial": messages.TrialReport,
+        "words": messages.WordCountAnswer,
     },
 }
 

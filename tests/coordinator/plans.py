@@ -8,8 +8,11 @@ import torch
 from torch import nn
 
 from fedge.coordinator.compiler import CompiledPlan, compile_task
+from fedge.coordinator.compiler.quantized_graph import quantizable, quantize_graph
 from fedge.coordinator.task import Task, load_task, squared_error
+from fedge.schemas.blobs import describe
 from fedge.schemas.features import TabularFeatures, ValueTarget
+from fedge.schemas.plan import Quantization
 
 
 def normalised_net() -> nn.Module:
@@ -40,3 +43,25 @@ def task_named(name: str) -> Task:
 def plan_named(name: str) -> CompiledPlan:
     """Its plan."""
     return compile_task(task_named(name))
+
+
+@cache
+def quantized_plan_named(name: str) -> CompiledPlan:
+    """The same plan with int8 weights in its inference file, without compiling it again."""
+    plan = plan_named(name)
+    manifest, infer = plan.manifest, plan.blobs[plan.manifest.graphs.infer.sha256]
+    parameters = {name for name, _ in task_named(name).new_model().named_parameters()}
+    chosen = quantizable(infer, manifest.weights, parameters)
+    graph = quantize_graph(infer, chosen)
+    changed = manifest.model_copy(
+        update={
+            "graphs": manifest.graphs.model_copy(update={"infer": describe(graph)}),
+            "quantization": Quantization(int8=tuple(one.tensor.name for one in chosen)),
+        }
+    )
+    blobs = [graph, changed.encode()]
+    return CompiledPlan(
+        manifest=changed,
+        blobs={**plan.blobs, **{describe(blob).sha256: blob for blob in blobs}},
+        initial_weights=plan.initial_weights,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedge.coordinator.datasets import Examples
 from fedge.coordinator.demo.brokers import (
@@ -25,6 +28,7 @@ from fedge.coordinator.demo.plots import SMOOTHED_POINTS, smoothed
 from fedge.coordinator.demo.predictions import ask, choose_rows
 from fedge.coordinator.demo.progress import Progress, sentence
 from fedge.coordinator.demo.summary import DeviceCurve
+from fedge.coordinator.demo.texts import people_in, typists
 from fedge.coordinator.rounds import Strategy
 from fedge.coordinator.settings import load as load_coordinator
 from fedge.coordinator.tasks import BUILT_IN_TASKS
@@ -189,6 +193,53 @@ def test_the_documented_task_for_ones_own_data_can_be_demonstrated(
     assert found.task.target.encode(train.y).shape == (480, 1)
 
 
+# ---------------------------------------------------------------- what people typed
+
+
+def write_texts(path: Path, texts: dict[str, int]) -> Path:
+    """So many texts of each user, the users taking turns; a text says whose it is and which."""
+    turns = [(n, user) for n in range(max(texts.values())) for user in texts if n < texts[user]]
+    lines = (json.dumps({"user": user, "text": f"{user} {n}"}) + "\n" for n, user in turns)
+    path.write_text("".join(lines))
+    return path
+
+
+def test_one_who_types_on_several_devices_types_on_one_after_the_other(tmp_path: Path) -> None:
+    path = write_texts(tmp_path / "typed.jsonl", {"ann": 12, "bob": 4, "cy": 1})
+    # Of one text nothing could be tested, so cy has no device.
+    people = typists(path, 4)
+    assert [one.name for one in people] == ["ann", "bob", "ann", "ann"]
+    own = [[*one.train, *one.test] for one in people if one.name == "ann"]
+    assert own == [[f"ann {n}" for n in range(start, start + 4)] for start in (0, 4, 8)]
+    assert people[1].train == ("bob 0", "bob 1", "bob 2")
+    assert people[1].test == ("bob 3",)
+    assert [one.name for one in typists(path, 1)] == ["ann"]
+
+
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=6), st.integers(1, 40))
+def test_no_text_is_on_two_devices_and_each_has_one_to_learn_and_one_to_test(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], count: int
+) -> None:
+    folder = tmp_path_factory.mktemp("typists")
+    texts = {f"u{number}": length for number, length in enumerate(lengths)}
+    path = write_texts(folder / "typed.jsonl", texts)
+    if count > sum(length // 2 for length in lengths):
+        with pytest.raises(ConfigError, match=f"give fewer --devices than {count}"):
+            typists(path, count)
+        return
+    people = typists(path, count)
+    assert all(one.train and one.test for one in people)
+    held = [text for one in people for text in (*one.train, *one.test)]
+    assert len(held) == len(set(held)) == sum(lengths[: min(count, len(lengths))])
+
+
+def test_two_hundred_devices_can_have_pythons_documentation() -> None:
+    people = typists(None, 200)
+    assert len(people) == 200
+    assert min(len(one.train) for one in people) >= 1
+    assert len({one.name for one in people}) == len(people_in(None))
+
+
 # ---------------------------------------------------------------- the broker
 
 
@@ -277,6 +328,18 @@ def test_trouble_becomes_a_sentence_whatever_the_event() -> None:
     said = sentence("device-1", event("refused", reason="late") | {"level": "warning"})
     assert said == "device-1: refused reason late"
     assert sentence("device-1", event("link_up")) is None
+
+
+def test_of_a_crowd_a_line_a_round_is_told_and_not_one_a_device() -> None:
+    accepted = event(
+        "update_accepted", round=2, device="device-1", loss=0.5, examples=7, training_s=0.1, bytes=9
+    )
+    made = event("version_made", version=2, round=2, updates=200, examples=1437)
+    few, many = 4, 200
+    assert sentence("coordinator", accepted, few) is not None
+    assert sentence("coordinator", made, few) is None
+    assert sentence("coordinator", accepted, many) is None
+    assert sentence("coordinator", made, many) == "round 2   200 updates from 1,437 examples"
 
 
 # ---------------------------------------------------------------- predictions and pictures

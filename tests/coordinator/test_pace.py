@@ -5,12 +5,17 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedge.coordinator.pace import BURST, SURPLUS, invitation, return_spread_s
+from fedge.coordinator.pace import BURST, DRAW_S, SURPLUS, invitation, return_spread_s
 
 
-def test_a_small_fleet_comes_at_once():
-    found = invitation(80, 10, checkins_per_s=500)
+def test_a_small_fleet_that_is_asked_as_a_whole_comes_at_once():
+    found = invitation(80, 80, checkins_per_s=500)
     assert (found.share, found.spread_s) == (1.0, 0.0)
+
+
+def test_where_not_all_are_asked_chance_and_not_the_quickest_way_says_who():
+    found = invitation(20, 5, checkins_per_s=500)
+    assert (found.share, found.spread_s) == (1.0, DRAW_S)
 
 
 def test_of_a_large_fleet_a_part_comes_spread_over_the_time_it_takes_to_hear_it():

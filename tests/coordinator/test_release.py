@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from fedge.coordinator.release import Releaser, load_weights
+from fedge.coordinator.release import MAX_ROUNDING_EFFECT, Releaser, load_weights
 from fedge.schemas.blobs import describe
 from fedge.schemas.errors import ParityFailed, PlanError, PlanRefused
 from fedge.schemas.ids import sha256
 from fedge.schemas.model_file import complete_model
 from fedge.schemas.onnx_wire import embed_weights
 from fedge.schemas.parity import largest_difference
+from fedge.schemas.quantization import as_stored
 from fedge.schemas.tensors import encode_tensors, read_tensors
-from tests.coordinator.plans import plan_named, task_named
+from tests.coordinator.plans import plan_named, quantized_plan_named, task_named
 
 
 def releaser(name, **kwargs):
@@ -171,3 +172,60 @@ def test_a_release_is_immutable():
     release = releaser("toy-linear").build(linear_weights(1.0, 1.0, 0.0))
     with pytest.raises(dataclasses.FrozenInstanceError):
         release.weights = b""
+
+
+# ---------------------------------------------------------------- int8 weights
+
+
+def quantized_releaser(name):
+    plan, task = quantized_plan_named(name), task_named(name)
+    return Releaser(task.new_model, plan.manifest, plan.blobs)
+
+
+def test_a_quantised_release_is_smaller_and_predicts_with_the_rounded_weights():
+    plan, task = quantized_plan_named("digits"), task_named("digits")
+    release = quantized_releaser("digits").build(plan.initial_weights)
+    plain = releaser("digits").build(plan.initial_weights)
+    assert release.model_bytes < 0.4 * plain.model_bytes
+    assert release.weights == plain.weights, "what travels is float32"
+    model = complete_model(
+        plan.manifest, plan.blobs[plan.manifest.graphs.infer.sha256], plan.initial_weights
+    )
+    assert sha256(model) == release.model_sha256
+    module = task.new_model().eval()
+    stored = as_stored(plan.manifest, plan.initial_weights)
+    load_weights(module, stored)
+    inputs = np.random.default_rng(1).normal(size=(6, 1, 8, 8)).astype(np.float32)
+    with torch.no_grad():
+        rounded = module(torch.from_numpy(inputs)).numpy()
+        exact = task.new_model().eval()(torch.from_numpy(inputs)).numpy()
+    found = run_onnx(model, inputs)
+    assert largest_difference(found, rounded) < 1e-5
+    assert 1e-5 < largest_difference(found, exact) < 0.02
+
+
+def test_the_gate_is_as_strict_for_int8_weights_as_for_float32():
+    release = quantized_releaser("digits").build(plan_named("digits").initial_weights)
+    assert release.largest_difference < 1e-5
+    assert 0 <= release.rounding < 0.05
+    assert releaser("digits").build(plan_named("digits").initial_weights).rounding == 0.0
+
+
+def test_a_version_that_rounding_would_spoil_is_not_released():
+    """One input of the last layer has weights that leave no step for all the others."""
+    plan = quantized_plan_named("digits")
+    weights = {name: array.copy() for name, array in plan.initial_weights.items()}
+    # It counts for every class alike, so the float32 model hardly sees it.
+    weights["7.weight"][:, 0] = 300.0
+    with pytest.raises(ParityFailed, match="int8 weights spoil the answers") as failed:
+        quantized_releaser("digits").build(weights)
+    assert failed.value.largest_difference > MAX_ROUNDING_EFFECT
+    releaser("digits").build(weights)
+
+
+def test_a_plan_that_quantises_nothing_makes_the_file_of_one_that_does_not():
+    plan = quantized_plan_named("toy-linear")
+    assert plan.manifest.quantization.int8 == ()
+    weights = linear_weights(2.0, -1.0, 0.25)
+    release = quantized_releaser("toy-linear").build(weights)
+    assert release.model_sha256 == releaser("toy-linear").build(weights).model_sha256

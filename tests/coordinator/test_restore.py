@@ -290,7 +290,7 @@ def test_the_log_of_a_damaged_state_is_not_played_into_the_new(tmp_path):
 def test_damaged_tables_of_a_server_can_be_replaced(tmp_path, postgres):
     place = Place(tmp_path / "state", postgres.new_database())
     gone_on(place, tmp_path / "backup")
-    postgres.run("DROP TABLE versions", database_of(place))
+    postgres.run("DROP TABLE versions CASCADE", database_of(place))
     restored = restore(tmp_path / "backup", place, replace=True)
     assert "versions" in restored.damage
     assert problems(place) == ()

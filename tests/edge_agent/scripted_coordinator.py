@@ -149,6 +149,7 @@ class ScriptedCoordinator:
         # The manifest cuts the plan's blobs as it wants.
         plan = [
             (manifest.graphs.train, self.plan.train),
+            (manifest.graphs.eval, self.plan.eval),
             (manifest.graphs.infer, self.plan.infer),
             (manifest.golden, self.plan.golden),
         ]

@@ -1,4 +1,4 @@
-"""Measuring a version on a device: sums over each example once, and nothing that is not a number."""
+"""Measuring a version on a device: sums over each example once, all of them numbers."""
 
 from __future__ import annotations
 

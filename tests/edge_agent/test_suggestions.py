@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fedge.edge_agent.suggestions import read_typed, suggested
-from fedge.schemas.words import START, Vocabulary, WordEncoder
+from fedge.edge_agent.suggestions import accepted, read_typed, suggested
+from fedge.schemas.words import START, Vocabulary, WordEncoder, is_word
 
 ENCODER = WordEncoder(Vocabulary(["see", "you", "your", "soon", "at"]), 4)
 NUMBER = ENCODER.vocabulary.number
@@ -23,6 +25,7 @@ NUMBER = ENCODER.vocabulary.number
         ("at 5 ", ["at", "5"], ""),
         ("you'", ["you"], ""),
         ("don't", [], "don't"),
+        ("I don\u2019t", ["i"], "don't"),
     ],
 )
 def test_finished_words_are_read_and_the_unfinished_one_is_kept(typed, words, begun):
@@ -57,3 +60,32 @@ def test_a_word_that_is_begun_goes_on_as_it_began():
     nothing = suggested(scores(you=1.0), "xy", ENCODER, top=5)
     assert nothing.words == ()
     assert nothing.sentence() == "nothing"
+
+
+@given(
+    words=st.lists(st.text("abé'z", min_size=1, max_size=4), unique=True, max_size=30),
+    begun=st.text("abé'z", min_size=1, max_size=3),
+)
+def test_every_word_with_the_beginning_is_found_and_no_other(words: list[str], begun: str) -> None:
+    known = [word for word in words if is_word(word)]
+    encoder = WordEncoder(Vocabulary(known), 4)
+    found = suggested(np.zeros(len(encoder.vocabulary)), begun, encoder, top=100)
+    assert {one.word for one in found.words} == {w for w in known if w.startswith(begun)}
+
+
+@pytest.mark.parametrize(
+    ("typed", "word", "after"),
+    [
+        ("", "see", "see "),
+        ("See ", "you", "See you "),
+        ("See yo", "your", "See your "),
+        ("SEE YO", "your", "SEE YOur "),
+        ("See you.", "soon", "See you. soon "),
+        ("don", "don't", "don't "),
+        ("don\u2019t", "don't", "don't "),
+        ("see", "see", "see "),
+        ("a\n", "at", "a\nat "),
+    ],
+)
+def test_a_suggestion_that_is_taken_completes_what_was_typed(typed, word, after):
+    assert accepted(typed, word) == after

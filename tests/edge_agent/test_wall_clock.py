@@ -23,6 +23,8 @@ READ_IN = {
     # round, version or update depends on it.
     "example_commands.py": {"datetime.datetime"},
     "example_store.py": {"time.time"},
+    # When a personal model was made, for people.
+    "personal_commands.py": {"datetime.datetime"},
 }
 
 

@@ -29,6 +29,42 @@ EXAMPLES: dict[str, Message] = {
         model_sha256=SHA,
         model_bytes=123456,
     ),
+    "stable": messages.StableAnnouncement(
+        **FIXED,
+        number=2,
+        plan=ref("plan"),
+        weights=ref("older weights"),
+        golden=ref("older golden"),
+        model_sha256=SHA,
+        model_bytes=123456,
+    ),
+    "candidate": messages.CandidateAnnouncement(
+        **FIXED,
+        number=3,
+        plan=ref("plan"),
+        weights=ref("weights"),
+        golden=ref("golden"),
+        model_sha256=SHA,
+        model_bytes=123456,
+        rollout=2,
+        phase=messages.CandidatePhase.RUNNING,
+        share=0.125,
+        checks=messages.TrialChecks(
+            max_loss_increase=0.1, min_hold_out=20, max_latency_ms=50.0, max_latency_ratio=2.0
+        ),
+    ),
+    "counted": messages.TrialCounted(**FIXED, rollout=2),
+    "trial": messages.TrialReport(
+        **FIXED,
+        rollout=2,
+        version=3,
+        outcome=messages.TrialOutcome.ROLLED_BACK,
+        reason=messages.TrialReason.HOLD_OUT,
+        detail="hold-out: loss 2, version 2 has 1, allowed 1.1",
+        latency_ms=0.25,
+        loss_ratio=2.0,
+        hold_out=40,
+    ),
     "round": messages.RoundAnnouncement(
         **FIXED,
         round=4,
@@ -64,6 +100,14 @@ EXAMPLES: dict[str, Message] = {
         detail="tensor 'w' holds NaN or infinity",
     ),
     "abort": messages.Abort(**FIXED, round=4, reason=RejectReason.ROUND_ABANDONED),
+    "evaluation": messages.EvaluationRequest(
+        **FIXED,
+        evaluation=2,
+        number=3,
+        plan=ref("plan"),
+        weights=ref("weights"),
+        deadline_s=540.5,
+    ),
     "checkin": messages.Checkin(**FIXED, round=4, version=3, examples=600, boot=7),
     "offer": messages.Offer(
         **FIXED,
@@ -80,6 +124,33 @@ EXAMPLES: dict[str, Message] = {
     "report": messages.Report(
         **FIXED, kind=messages.ReportKind.ACTIVATED, version=3, round=4, detail="ok"
     ),
+    "evaluated": messages.EvaluationResult(
+        **FIXED,
+        evaluation=2,
+        number=3,
+        status=messages.EvaluationStatus.OK,
+        sums=messages.EvaluationSums(
+            examples=40, rows=120, loss_sum=180.5, metrics={"accuracy": 61.0}
+        ),
+        personal=messages.EvaluationSums(
+            examples=40, rows=120, loss_sum=150.25, metrics={"accuracy": 70.0}
+        ),
+    ),
+    "wordcount": messages.WordCountAnnouncement(
+        **FIXED,
+        campaign="00112233445566778899aabbccddeeff",
+        epsilon=4.0,
+        least_typed=3,
+        new_only=True,
+        spread_s=2.5,
+    ),
+    "wordcountheard": messages.WordCountHeard(**FIXED, campaign="00112233445566778899aabbccddeeff"),
+    "wordcountanswer": messages.WordCountAnswer(
+        **FIXED,
+        campaign="00112233445566778899aabbccddeeff",
+        key="0123456789abcdefffffffffffffffff0000000000000001",
+        bucket=55,
+    ),
     "presence": messages.Presence(**FIXED, boot=7, online=True, agent_version="0.1.0"),
 }
 
@@ -90,12 +161,16 @@ def topic_table() -> dict[str, str]:
     """Every topic and filter by what it is for."""
     table = {
         f"all/{name}": TOPICS.announcement(type(EXAMPLES[name]))
-        for name in ("version", "round", "roll")
+        for name in ("version", "stable", "candidate", "round", "roll")
     }
-    for name in ("assignment", "retry", "grant", "have", "receipt", "abort"):
+    table["dn/counted"] = TOPICS.down("pi-7", messages.TrialCounted)
+    for name in ("assignment", "retry", "grant", "have", "receipt", "abort", "evaluation"):
         table[f"dn/{name}"] = TOPICS.down("pi-7", type(EXAMPLES[name]))
-    for name in ("checkin", "offer", "need", "report"):
+    for name in ("checkin", "offer", "need", "report", "evaluated", "trial"):
         table[f"up/{name}"] = TOPICS.up("pi-7", type(EXAMPLES[name]))
+    table["all/words"] = TOPICS.announcement(messages.WordCountAnnouncement)
+    table["dn/words"] = TOPICS.down("pi-7", messages.WordCountHeard)
+    table["up/words"] = TOPICS.up("pi-7", messages.WordCountAnswer)
     table["blob"] = TOPICS.chunk(SHA, 12)
     table["upb"] = TOPICS.upload_chunk("pi-7", SHA, 0)
     table["state"] = TOPICS.presence("pi-7")

@@ -1,7 +1,8 @@
 """A task → its plan: three graphs, golden inputs, the manifest, and the weights of version 0.
 
 The order: inspect the model in eager torch, trace three pure functions, translate them to ONNX,
-verify them against eager torch, describe them. Compiling a task again gives the same bytes.
+quantise the inference graph if that is wanted, verify them against eager torch, describe them.
+Compiling a task again gives the same bytes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fedge.coordinator.compiler import verification
@@ -21,6 +23,7 @@ from fedge.coordinator.compiler.inspection import (
     train_example,
 )
 from fedge.coordinator.compiler.onnx_graph import OPSET, cut, describe_to_applications, translate
+from fedge.coordinator.compiler.quantized_graph import quantizable, quantize_graph
 from fedge.coordinator.compiler.step import (
     PureFunction,
     evaluate_function,
@@ -28,13 +31,15 @@ from fedge.coordinator.compiler.step import (
     state_of,
     together,
     train_function,
+    weights_of,
 )
 from fedge.coordinator.compiler.tracing import TRACE_BATCH, portable_operators, trace
 from fedge.coordinator.task import Task
 from fedge.schemas.blobs import describe
 from fedge.schemas.ids import Digest
-from fedge.schemas.onnx_wire import embed_weights
-from fedge.schemas.plan import Graphs, PlanManifest, WeightSpec
+from fedge.schemas.model_file import complete_model
+from fedge.schemas.plan import Graphs, PlanManifest, Quantization, WeightSpec
+from fedge.schemas.quantization import Scheme, as_stored
 from fedge.schemas.tensor_spec import BATCH, TensorSpec
 from fedge.schemas.tensors import Array, encode_tensors
 
@@ -54,8 +59,8 @@ class CompiledPlan:
     initial_weights: dict[str, Array]
 
 
-def compile_task(task: Task) -> CompiledPlan:
-    """The plan of `task`, verified.
+def compile_task(task: Task, quantization: Scheme | None = None) -> CompiledPlan:
+    """The plan of `task`, verified. `quantization`: of its inference file; None: as the task says.
 
     Raises `UnsupportedModel` if the model cannot be a graph, naming the module, the operator and a
     way out; `ParityFailed` if a graph computes something else than torch; `PlanError` if a runtime
@@ -92,14 +97,21 @@ def compile_task(task: Task) -> CompiledPlan:
     for graph in graphs.values():
         check_operators(graph, tracker)
     graphs["infer"] = describe_to_applications(graphs["infer"], task)
+    weights = tuple(
+        WeightSpec(tensor=specs[f"{prefix}.{name}"].of(name), role=role)
+        for prefix, name, role in facts.layout.entries()
+    )
+    quantized = None
+    if (task.quantization if quantization is None else quantization) is Scheme.INT8:
+        parameters = {name for name, _ in model.named_parameters()}
+        chosen = quantizable(graphs["infer"], weights, parameters)
+        graphs["infer"] = quantize_graph(graphs["infer"], chosen)
+        quantized = Quantization(int8=tuple(weight.tensor.name for weight in chosen))
     golden = encode_tensors({"input": golden_inputs(task, _GOLDEN_SEED)})
     words = None if task.vocabulary is None else task.vocabulary.encode()
     manifest = PlanManifest(
         task=task.name,
-        weights=tuple(
-            WeightSpec(tensor=specs[f"{prefix}.{name}"].of(name), role=role)
-            for prefix, name, role in facts.layout.entries()
-        ),
+        weights=weights,
         state=tuple(state_of(task, model, facts.layout)),
         features=task.features,
         target=task.target,
@@ -113,6 +125,7 @@ def compile_task(task: Task) -> CompiledPlan:
         golden=describe(golden),
         vocabulary=None if words is None else describe(words),
         opset=OPSET,
+        quantization=quantized,
     )
     _verify(task, manifest, functions, graphs, facts)
     blobs = [*graphs.values(), golden, manifest.encode()]
@@ -135,15 +148,18 @@ def _verify(
     graphs: Mapping[str, bytes],
     facts: Inspection,
 ) -> None:
-    complete = embed_weights(
-        graphs["infer"],
-        {w.graph_name: facts.initial_weights[w.tensor.name] for w in manifest.weights},
-    )
+    complete = complete_model(manifest, graphs["infer"], facts.initial_weights)
     verification.verify_structure(graphs["train"], functions["train"])
     verification.verify_structure(graphs["eval"], functions["eval"])
-    verification.verify_structure(graphs["infer"], functions["infer"], complete=complete)
+    verification.verify_inference(graphs["infer"], complete, manifest.infer_names)
     verification.verify_training(task, manifest, graphs["train"])
-    verification.verify_evaluation(task, task.new_model(), manifest, graphs["eval"], complete)
+    model = task.new_model()
+    stored = as_stored(manifest, facts.initial_weights)
+    with torch.no_grad():
+        for name, tensor in weights_of(model).items():
+            # A copy, since torch may not write to numpy's memory and warns where it could.
+            tensor.copy_(torch.from_numpy(np.array(stored[name])))
+    verification.verify_evaluation(task, model, manifest, graphs["eval"], complete)
 
 
 def _interface(

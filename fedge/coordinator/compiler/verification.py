@@ -25,7 +25,7 @@ from fedge.coordinator.compiler.randomness import CounterRandomness
 from fedge.coordinator.compiler.step import PureFunction
 from fedge.coordinator.task import SGD, Task
 from fedge.schemas.errors import ParityFailed, PlanError
-from fedge.schemas.onnx_wire import check_graph
+from fedge.schemas.onnx_wire import INFER_OPERATORS, check_graph
 from fedge.schemas.plan import Padding, PlanManifest
 from fedge.schemas.tensors import Array
 
@@ -67,21 +67,31 @@ def session(graph: bytes) -> Any:
         raise PlanError(f"onnxruntime refuses the compiled graph: {error}") from error
 
 
-def verify_structure(
-    graph: bytes, function: PureFunction, *, complete: bytes | None = None
-) -> None:
+def verify_structure(graph: bytes, function: PureFunction) -> None:
     """The graph is valid ONNX of allowed operators with the function's interface.
 
-    `complete`: for an open graph, the same one with weights. Raises `PlanRefused` or `PlanError`.
+    Raises `PlanRefused` or `PlanError`.
     """
-    weights = [name for name in function.inputs if name not in ("input",)]
-    if complete is None:
-        check_graph(graph, inputs=function.inputs, outputs=function.outputs)
-    else:
-        check_graph(graph, inputs=["input"], outputs=function.outputs, open_names=weights)
-        check_graph(complete, inputs=["input"], outputs=function.outputs)
+    check_graph(graph, inputs=function.inputs, outputs=function.outputs)
+    _check_onnx(graph)
+
+
+def verify_inference(graph: bytes, complete: bytes, open_names: Sequence[str]) -> None:
+    """The same of an `infer` graph. `complete`: the graph with weights. Raises as above."""
+    for data, names in ((graph, open_names), (complete, ())):
+        check_graph(
+            data,
+            inputs=["input"],
+            outputs=["output"],
+            open_names=names,
+            operators=INFER_OPERATORS,
+        )
+    _check_onnx(complete)
+
+
+def _check_onnx(graph: bytes) -> None:
     try:
-        onnx.checker.check_model(complete or graph, full_check=True)
+        onnx.checker.check_model(graph, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise PlanError(f"the compiled graph is not valid ONNX: {error}") from error
 

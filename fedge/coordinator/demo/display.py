@@ -14,11 +14,10 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from fedge.coordinator.demo.progress import Event, Progress, sentence
+from fedge.coordinator.demo.progress import CROWD, Event, Progress, sentence
 from fedge.schemas.measures import measure_text
 
 RECENT_VERSIONS = 12
-MAX_DEVICES = 16
 
 
 class Display(Protocol):
@@ -74,7 +73,7 @@ class PlainDisplay:
 
     def update(self, source: str, event: Event, progress: Progress) -> None:
         """Shows the event's sentence, if it has one."""
-        line = sentence(source, event)
+        line = sentence(source, event, len(progress.devices))
         if line is not None:
             self.say(line)
 
@@ -111,7 +110,7 @@ class LiveDisplay:
         """Keeps the progress for the next redrawing; trouble becomes a line that stays."""
         self._progress = progress
         if event.get("level") in ("warning", "error"):
-            line = sentence(source, event)
+            line = sentence(source, event, len(progress.devices))
             if line is not None:
                 self.say(line)
 
@@ -154,7 +153,7 @@ def _devices(progress: Progress) -> Table:
     for column in ("device", "examples", "loss", "trained", "sent", "fetched", "uses", "now"):
         right = column not in ("device", "now")
         table.add_column(column, justify="right" if right else "left")
-    for name, device in list(progress.devices.items())[:MAX_DEVICES]:
+    for name, device in list(progress.devices.items())[:CROWD]:
         loss = device.losses[max(device.losses)] if device.losses else None
         table.add_row(
             name,
@@ -166,8 +165,8 @@ def _devices(progress: Progress) -> Table:
             "-" if device.version is None else f"version {device.version}",
             device.doing,
         )
-    if len(progress.devices) > MAX_DEVICES:
-        table.add_row(f"and {len(progress.devices) - MAX_DEVICES} more")
+    if len(progress.devices) > CROWD:
+        table.add_row(f"and {len(progress.devices) - CROWD} more")
     return table
 
 

@@ -29,6 +29,7 @@ class DemoFolder:
         self._lock = lock
         self.logs = path / "logs"
         self.data = path / "data"
+        self.devices = path / "devices"
         self.broker = path / "broker"
         self.coordinator = path / "coordinator"
         self.predictions = path / "predictions"
@@ -69,7 +70,7 @@ class DemoFolder:
 
     def device(self, name: str) -> Path:
         """The folder of one device, which holds its part of the data and nothing of the others'."""
-        folder = self.path / "devices" / name
+        folder = self.devices / name
         folder.mkdir(exist_ok=True)
         return folder
 

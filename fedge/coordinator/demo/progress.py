@@ -16,6 +16,8 @@ Event = Mapping[str, Any]
 
 COORDINATOR, CENTRAL, BROKER = "coordinator", "central", "broker"
 
+CROWD = 16
+"""More devices than this are told of together: a line a round, not a line a device."""
 MAX_ABANDONED = 3
 """Rounds abandoned one after another: what stopped these will stop the next."""
 
@@ -129,9 +131,19 @@ class Progress:
                 self.problem = f"{name} refused version {event['version']}: {event['reason']}"
 
 
-def sentence(source: str, event: Event) -> str | None:  # noqa: PLR0911 -- as above
-    """The event as a line for people, None for what would only be noise."""
+def sentence(source: str, event: Event, devices: int = 1) -> str | None:  # noqa: PLR0911 -- as above
+    """The event as a line for people, None for what would only be noise.
+
+    `devices`: in all; of a `CROWD` no single one's work is told.
+    """
     match source, event["event"]:
+        case "coordinator", "update_accepted" if devices > CROWD:
+            return None
+        case "coordinator", "version_made" if devices > CROWD and "updates" in event:
+            return (
+                f"round {event['round']:<3} {event['updates']} updates from "
+                f"{event['examples']:,} examples"
+            )
         case "broker", "broker_ready":
             return None  # its notice is said once, by the runner
         case "coordinator", "plan_compiled":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import sys
 import time
@@ -48,6 +49,11 @@ from fedge.coordinator.demo.texts import write_texts
 from fedge.coordinator.store import Store, VersionRecord
 from fedge.schemas.errors import ConfigError
 from fedge.schemas.ids import sha256
+
+FLEET = "fleet"
+"""The program that hosts all devices, where they are many."""
+MOST_PROCESSES = 32
+"""Above so many devices one process hosts them all: each of its own takes some 60 MB."""
 
 _AGENT = (sys.executable, "-m", "fedge.edge_agent")
 _COORDINATOR = (sys.executable, "-m", "fedge.coordinator")
@@ -121,12 +127,11 @@ class DemoRun:
             await asyncio.to_thread(self._hand_out_texts)
         else:
             await self._split(programs)
-        for device in self._experiment.devices:
-            await self._start_device(programs, device, broker)
+        await self._start_devices(programs, broker)
         central = await self._start_central(programs) if self._experiment.central else None
         self._display.say(
-            f"started   a coordinator and {len(self._experiment.devices)} agents; logs in "
-            f"{self._folder.logs}"
+            f"started   a coordinator and {len(self._experiment.devices)} agents"
+            f"{' in one process' if self._in_one_process else ''}; logs in {self._folder.logs}"
         )
         await self._until(lambda progress: progress.finished)
         answers, counted = await asyncio.gather(self._ask(programs, test), broker_bytes(broker))
@@ -171,9 +176,24 @@ class DemoRun:
             shutil.move(part, self._folder.device(device) / EXAMPLES)
         parts.rmdir()
 
-    async def _start_device(self, programs: Programs, device: str, broker: DemoBroker) -> None:
-        config = write_toml(self._config(device), device_settings(self._experiment, device, broker))
-        await programs.start(device, (*_AGENT, "run", "--config", str(config)))
+    @property
+    def _in_one_process(self) -> bool:
+        return len(self._experiment.devices) > MOST_PROCESSES
+
+    async def _start_devices(self, programs: Programs, broker: DemoBroker) -> None:
+        configs = {
+            device: write_toml(
+                self._config(device), device_settings(self._experiment, device, broker)
+            )
+            for device in self._experiment.devices
+        }
+        if self._in_one_process:
+            command = (*_AGENT, "fleet", "--each", str(self._folder.devices))
+            workers = ("--workers", str(os.cpu_count() or 1))
+            await programs.start(FLEET, (*command, *workers))
+            return
+        for device, config in configs.items():
+            await programs.start(device, (*_AGENT, "run", "--config", str(config)))
 
     async def _start_central(self, programs: Programs) -> Program:
         experiment = self._experiment
@@ -197,6 +217,8 @@ class DemoRun:
     # ------------------------------------------------------------ events
 
     def _observe(self, source: str, event: Event) -> None:
+        if source == FLEET:
+            source = event.get("device", FLEET)
         self._progress.observe(source, event)
         self._display.update(source, event, self._progress)
         self._changed.set()

@@ -15,7 +15,7 @@ from typing import Any
 from fedge.coordinator.demo.counters import BrokerBytes
 from fedge.coordinator.demo.experiment import Experiment
 from fedge.coordinator.demo.predictions import Answer
-from fedge.coordinator.store import ParticipantStatus, Store
+from fedge.coordinator.store import Contribution, ParticipantStatus, Store
 
 SUM_OF_LOSSES = "sum of losses"
 
@@ -149,26 +149,23 @@ def version_lines(
 
 def device_curves(store: Store, devices: Sequence[str]) -> dict[str, DeviceCurve]:
     """What the devices said about their training in the updates that were accepted."""
-    curves = {}
-    for device in devices:
-        by_round: dict[int, float] = {}
-        by_epoch: list[float] = []
-        by_batch: list[float] = []
-        examples = steps = 0
-        for record in store.rounds():
-            found = store.participant(record.number, device)
-            if found is None or found.status is not ParticipantStatus.ACCEPTED:
-                continue
-            made = found.contribution
-            if made is None:
-                continue
-            if made.loss.by_epoch:
-                by_round[record.number] = made.loss.by_epoch[-1]
-            by_epoch += made.loss.by_epoch
-            by_batch += made.loss.by_batch
-            examples, steps = made.examples, steps + made.steps
-        curves[device] = DeviceCurve(by_round, by_epoch, by_batch, examples, steps)
-    return curves
+    made: dict[str, list[tuple[int, Contribution]]] = {device: [] for device in devices}
+    for record in store.rounds():
+        for found in store.participants(record.number):
+            accepted = found.status is ParticipantStatus.ACCEPTED
+            if accepted and found.contribution is not None and found.device in made:
+                made[found.device].append((record.number, found.contribution))
+    return {device: _curve(own) for device, own in made.items()}
+
+
+def _curve(made: Sequence[tuple[int, Contribution]]) -> DeviceCurve:
+    return DeviceCurve(
+        by_round={number: one.loss.by_epoch[-1] for number, one in made if one.loss.by_epoch},
+        by_epoch=[loss for _, one in made for loss in one.loss.by_epoch],
+        by_batch=[loss for _, one in made for loss in one.loss.by_batch],
+        examples=made[-1][1].examples if made else 0,
+        steps=sum(one.steps for _, one in made),
+    )
 
 
 def bytes_up(store: Store) -> int:

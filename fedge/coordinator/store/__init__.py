@@ -10,6 +10,9 @@ from fedge.coordinator.store.records import (
     Contribution,
     DeviceRecord,
     DeviceSighting,
+    EvaluationAnswer,
+    EvaluationRecord,
+    EvaluationReport,
     Outcome,
     ParticipantRecord,
     ParticipantStatus,
@@ -21,13 +24,18 @@ from fedge.coordinator.store.records import (
     RoundReport,
     VersionRecord,
 )
+from fedge.coordinator.store.rollouts import RolloutRecord, Terms, TrialRecord
 from fedge.coordinator.store.store import Store
+from fedge.coordinator.store.word_counts import WordCountRecord
 
 __all__ = [
     "Collected",
     "Contribution",
     "DeviceRecord",
     "DeviceSighting",
+    "EvaluationAnswer",
+    "EvaluationRecord",
+    "EvaluationReport",
     "Outcome",
     "ParticipantRecord",
     "ParticipantStatus",
@@ -35,8 +43,12 @@ __all__ = [
     "Refusal",
     "RefusalRecord",
     "Retention",
+    "RolloutRecord",
     "RoundRecord",
     "RoundReport",
     "Store",
+    "Terms",
+    "TrialRecord",
     "VersionRecord",
+    "WordCountRecord",
 ]

@@ -24,9 +24,12 @@ from fedge.coordinator.store.database import Database
 from fedge.coordinator.store.ownership import give_owner, owner_in
 from fedge.coordinator.store.queries import UNANSWERED, digests_of, files_of_versions
 from fedge.coordinator.store.records import Collected, Retention
+from fedge.coordinator.store.rollouts import staged_versions
 from fedge.coordinator.store.rows import AnyRow
 from fedge.coordinator.store.tables import (
     devices,
+    evaluation_answers,
+    evaluations,
     participants,
     plans,
     refusals,
@@ -43,6 +46,9 @@ ROUNDS_A_TRANSACTION = 200
 """Writers wait for one another, so details are deleted in portions."""
 DAY_S = 86400.0
 
+_VERSIONS_MEASURED = select(evaluations.c.version).where(evaluations.c.closed_at.is_(None))
+"""Devices fetch them now, or will."""
+
 
 class Housekeeping:
     """The part of the store that deletes."""
@@ -58,10 +64,16 @@ class Housekeeping:
         deletes no file, if another state has taken over where they lie.
         """
         forgotten = self._forget_rounds(retention)
+        evaluations_gone = self._forget_evaluations(retention)
         devices_gone = self._forget_devices(retention, now)
         with self._database.collecting() as free:
             if not free:
-                return Collected(rounds=forgotten, devices=devices_gone, postponed=True)
+                return Collected(
+                    rounds=forgotten,
+                    devices=devices_gone,
+                    evaluations=evaluations_gone,
+                    postponed=True,
+                )
             if not self.owns_its_blobs():
                 raise StoreError(
                     "the files of this state are marked as another one's, and none was deleted: "
@@ -81,6 +93,7 @@ class Housekeeping:
             devices=devices_gone,
             blobs=sum(size > 0 for size in sizes),
             bytes_freed=sum(sizes),
+            evaluations=evaluations_gone,
         )
 
     def collectable(self, retention: Retention, *, now: float) -> Collected:
@@ -88,6 +101,7 @@ class Housekeeping:
         with self._database.read() as connection:
             numbers, doomed = _overdue_versions(connection, retention)
             overdue_rounds = _overdue_rounds(connection, retention, None)
+            overdue_evaluations = _overdue_evaluations(connection, retention)
             unseen = connection.execute(select(devices.c.name).where(_unseen(retention, now))).all()
         found = [self.blobs.describe(digest) for digest in sorted(doomed)]
         old = (self.blobs.describe(digest) for digest in self._unnamed() if digest not in doomed)
@@ -98,6 +112,7 @@ class Housekeeping:
             devices=len(unseen),
             blobs=sum(size > 0 for size, _ in found),
             bytes_freed=sum(size for size, _ in found),
+            evaluations=len(overdue_evaluations),
         )
 
     def named_blobs(self) -> dict[Digest, str]:
@@ -157,7 +172,12 @@ class Housekeeping:
             numbers, doomed = _overdue_versions(connection, retention)
             connection.execute(
                 update(versions)
-                .where(versions.c.number <= numbers[-1], versions.c.files_kept == true())
+                .where(
+                    versions.c.number <= numbers[-1],
+                    versions.c.files_kept == true(),
+                    versions.c.number.not_in(_VERSIONS_MEASURED),
+                    versions.c.number.not_in(staged_versions(connection)),
+                )
                 .values(files_kept=False)
             )
         return numbers, doomed
@@ -176,6 +196,19 @@ class Housekeeping:
                     update(rounds).where(rounds.c.number.in_(numbers)).values(details_kept=False)
                 )
             forgotten += len(numbers)
+
+    def _forget_evaluations(self, retention: Retention) -> int:
+        with self._database.read() as connection:
+            if not _overdue_evaluations(connection, retention):
+                return 0
+        with self._database.write() as connection:
+            numbers = _overdue_evaluations(connection, retention)
+            for number in numbers:
+                connection.execute(
+                    delete(evaluation_answers).where(evaluation_answers.c.evaluation == number)
+                )
+                connection.execute(delete(evaluations).where(evaluations.c.number == number))
+        return len(numbers)
 
     def _forget_devices(self, retention: Retention, now: float) -> int:
         if retention.devices_unseen_days is None:
@@ -209,10 +242,13 @@ def _overdue_versions(
     if oldest_kept is None:
         return [], set()
     kept = files_of_versions().where(versions.c.files_kept == true())
-    old = connection.execute(
-        kept.where(versions.c.number < oldest_kept).order_by(versions.c.number)
-    ).all()
-    shared = connection.execute(kept.where(versions.c.number >= oldest_kept)).all()
+    is_old = (
+        (versions.c.number < oldest_kept)
+        & versions.c.number.not_in(_VERSIONS_MEASURED)
+        & versions.c.number.not_in(staged_versions(connection))
+    )
+    old = connection.execute(kept.where(is_old).order_by(versions.c.number)).all()
+    shared = connection.execute(kept.where(~is_old)).all()
     return [row.number for row in old], _all_digests(old) - _all_digests(shared)
 
 
@@ -240,6 +276,15 @@ def _overdue_rounds(connection: Connection, retention: Retention, limit: int | N
         .limit(limit)
     )
     return list(connection.scalars(overdue))
+
+
+def _overdue_evaluations(connection: Connection, retention: Retention) -> list[int]:
+    if retention.evaluations is None:
+        return []
+    closed = select(evaluations.c.number).where(evaluations.c.closed_at.is_not(None))
+    # The newest number is never given up: the next one is above it.
+    newest_first = closed.order_by(evaluations.c.number.desc())
+    return list(connection.scalars(newest_first.offset(retention.evaluations)))
 
 
 def _unseen(retention: Retention, now: float) -> ColumnElement[bool]:

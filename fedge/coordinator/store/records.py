@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from fedge.schemas.blobs import BlobRef
 from fedge.schemas.errors import RejectReason
-from fedge.schemas.messages import LossCurve, RoundPhase
+from fedge.schemas.messages import EvaluationStatus, EvaluationSums, LossCurve, RoundPhase
 
 SYNC = "sync"
 ASYNC = "async"
@@ -208,17 +208,63 @@ class RoundReport:
 
 
 @dataclass(frozen=True, slots=True)
+class EvaluationRecord:
+    """One measuring of a version by devices. `wanted`: answers to come by.
+
+    `requested_at`: when an operator asked for it; `opened_at`: when the coordinator began, which is
+    when its deadline began to run; `until`: that deadline. `reason`: why it was closed.
+    """
+
+    number: int
+    version: int
+    wanted: int
+    deadline_s: float
+    seed: int
+    requested_at: float
+    opened_at: float | None = None
+    until: float | None = None
+    closed_at: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationAnswer:
+    """One device in one evaluation. `status`: None while it has not answered.
+
+    `sums`: what it measured, if the status is `ok`; `personal`: the same for its own copy.
+    """
+
+    evaluation: int
+    device: str
+    asked_at: float
+    status: EvaluationStatus | None = None
+    answered_at: float | None = None
+    sums: EvaluationSums | None = None
+    personal: EvaluationSums | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReport:
+    """Everything kept about one evaluation. `answers`: of all who were asked, by name."""
+
+    evaluation: EvaluationRecord
+    answers: tuple[EvaluationAnswer, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Retention:
     """What the operator wants kept; None keeps all.
 
     `versions`: the newest so many keep their files, at least 2. `rounds`: the newest so many closed
     ones keep their participants and refusals. `devices_unseen_days`: devices that are offline and
-    were not seen for longer are forgotten.
+    were not seen for longer are forgotten. `evaluations`: the newest so many closed ones are kept.
     """
 
     versions: int | None = None
     rounds: int | None = None
     devices_unseen_days: float | None = None
+    evaluations: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,3 +282,4 @@ class Collected:
     blobs: int = 0
     bytes_freed: int = 0
     postponed: bool = False
+    evaluations: int = 0

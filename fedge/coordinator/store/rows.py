@@ -7,6 +7,8 @@ from typing import Any
 from fedge.coordinator.store.records import (
     Contribution,
     DeviceRecord,
+    EvaluationAnswer,
+    EvaluationRecord,
     Outcome,
     ParticipantRecord,
     ParticipantStatus,
@@ -16,7 +18,7 @@ from fedge.coordinator.store.records import (
     VersionRecord,
 )
 from fedge.schemas.errors import RejectReason
-from fedge.schemas.messages import RoundPhase
+from fedge.schemas.messages import EvaluationStatus, RoundPhase
 
 # A row's columns are known by name only: what they hold is said in the records.
 AnyRow = Any
@@ -144,3 +146,15 @@ def refusal_of(row: AnyRow) -> RefusalRecord:
 def device_of(row: AnyRow) -> DeviceRecord:
     """The device in a row."""
     return DeviceRecord(**row._mapping)
+
+
+def evaluation_of(row: AnyRow) -> EvaluationRecord:
+    """The evaluation in a row."""
+    return EvaluationRecord(**row._mapping)
+
+
+def evaluation_answer_of(row: AnyRow) -> EvaluationAnswer:
+    """The answer in a row."""
+    values = dict(row._mapping)
+    values["status"] = None if values["status"] is None else EvaluationStatus(values["status"])
+    return EvaluationAnswer(**values)

@@ -20,7 +20,7 @@ from fedge.schemas.logs import EventLog
 
 log = EventLog(__name__)
 
-HEAD = "0002"
+HEAD = "0005"
 """The newest migration. A test compares it with the files."""
 FIRST = "0001"
 """The schema of the release 0.1.0, which did not use Alembic."""

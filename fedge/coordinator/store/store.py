@@ -13,13 +13,16 @@ from pathlib import Path
 from fedge.coordinator.store.blobs import Blobs
 from fedge.coordinator.store.database import Database, sqlite_file, sqlite_url
 from fedge.coordinator.store.devices import Devices
+from fedge.coordinator.store.evaluations import Evaluations
 from fedge.coordinator.store.housekeeping import Housekeeping
 from fedge.coordinator.store.notes import Notes
 from fedge.coordinator.store.ownership import check_folder
 from fedge.coordinator.store.participants import Participants
 from fedge.coordinator.store.retained import Retained
+from fedge.coordinator.store.rollouts import Rollouts
 from fedge.coordinator.store.rounds import Rounds
 from fedge.coordinator.store.versions import Versions
+from fedge.coordinator.store.word_counts import WordCounts
 from fedge.schemas.closing import Closing
 from fedge.schemas.errors import ConfigError
 from fedge.schemas.state_lock import StateLock
@@ -27,7 +30,19 @@ from fedge.schemas.state_lock import StateLock
 BLOBS_FOLDER = "blobs"
 
 
-class Store(Closing, Versions, Rounds, Participants, Devices, Retained, Notes, Housekeeping):
+class Store(
+    Closing,
+    Versions,
+    Rounds,
+    Participants,
+    Evaluations,
+    Rollouts,
+    WordCounts,
+    Devices,
+    Retained,
+    Notes,
+    Housekeeping,
+):
     """The coordinator's durable state; open it with `open`.
 
     Any thread may call it: each call is one transaction on a connection of its own. Every method

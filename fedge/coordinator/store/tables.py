@@ -30,7 +30,7 @@ from sqlalchemy import (
 )
 
 from fedge.schemas.blobs import BlobRef
-from fedge.schemas.messages import LossCurve
+from fedge.schemas.messages import EvaluationSums, LossCurve
 
 
 class _Model(TypeDecorator[BaseModel]):
@@ -180,3 +180,109 @@ retained = Table(
     _number("chunk_count", nullable=False),
 )
 """What the coordinator has put on the broker and not taken back."""
+
+evaluations = Table(
+    "evaluations",
+    metadata,
+    _number("number", primary_key=True),
+    _number("version", ForeignKey("versions.number"), nullable=False),
+    _number("wanted", nullable=False),
+    Column("deadline_s", Double, nullable=False),
+    _number("seed", nullable=False),
+    Column("requested_at", Double, nullable=False),
+    Column("opened_at", Double, nullable=True),
+    Column("until", Double, nullable=True),
+    Column("closed_at", Double, nullable=True),
+    Column("reason", Text, nullable=False),
+    Index("evaluations_by_closed_at", "closed_at"),
+)
+
+evaluation_answers = Table(
+    "evaluation_answers",
+    metadata,
+    _number("evaluation", ForeignKey("evaluations.number"), nullable=False),
+    Column("device", String(63), nullable=False),
+    Column("asked_at", Double, nullable=False),
+    Column("status", String(20), nullable=True),
+    Column("answered_at", Double, nullable=True),
+    Column("sums", _Model(EvaluationSums), nullable=True),
+    Column("personal", _Model(EvaluationSums), nullable=True),
+    Column("detail", Text, nullable=False),
+    # A device answers an evaluation once.
+    PrimaryKeyConstraint("evaluation", "device"),
+    CheckConstraint(
+        "(status IS NOT NULL AND status = 'ok') = (sums IS NOT NULL)", name="ok_has_sums"
+    ),
+)
+
+rollouts = Table(
+    "rollouts",
+    metadata,
+    _number("number", primary_key=True),
+    _number("version", ForeignKey("versions.number"), nullable=False),
+    _number("stable", ForeignKey("versions.number"), nullable=False),
+    Column("policy", Text, nullable=False),
+    Column("phase", String(20), nullable=False),
+    Column("wish", String(20), nullable=False),
+    _number("stage", nullable=False),
+    Column("share", Double, nullable=False),
+    _number("reached", nullable=False),
+    Column("soaked_s", Double, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("started_at", Double, nullable=False),
+    Column("ended_at", Double, nullable=True),
+    CheckConstraint(
+        "(phase IN ('running', 'paused')) = (ended_at IS NULL)", name="ended_has_a_time"
+    ),
+    Index("rollouts_by_ended_at", "ended_at"),
+)
+"""`stable`: what those use whom it does not reach. `wish`: written by commands, all else by the
+coordinator alone."""
+
+trials = Table(
+    "trials",
+    metadata,
+    _number("rollout", ForeignKey("rollouts.number"), nullable=False),
+    Column("device", String(63), nullable=False),
+    Column("outcome", String(20), nullable=False),
+    Column("reason", String(20), nullable=True),
+    Column("detail", Text, nullable=False),
+    Column("latency_ms", Double, nullable=True),
+    Column("loss_ratio", Double, nullable=True),
+    _number("hold_out", nullable=True),
+    Column("at", Double, nullable=False),
+    # A device counts once in a rollout.
+    PrimaryKeyConstraint("rollout", "device"),
+    CheckConstraint(
+        "(outcome = 'rolled_back') = (reason IS NOT NULL)", name="rolled_back_has_a_reason"
+    ),
+)
+
+word_counts = Table(
+    "word_counts",
+    metadata,
+    _number("number", primary_key=True),
+    # Not the number: a restored state uses that again, and a device answers each campaign once.
+    Column("campaign", String(32), nullable=False, unique=True),
+    Column("epsilon", Double, nullable=False),
+    _number("least_typed", nullable=False),
+    Column("new_only", Boolean, nullable=False),
+    Column("deadline_s", Double, nullable=False),
+    Column("requested_at", Double, nullable=False),
+    Column("opened_at", Double, nullable=True),
+    Column("until", Double, nullable=True),
+    Column("closed_at", Double, nullable=True),
+    Column("reason", Text, nullable=False),
+)
+
+word_count_answers = Table(
+    "word_count_answers",
+    metadata,
+    _number("word_count", ForeignKey("word_counts.number"), nullable=False),
+    Column("device", String(63), nullable=False),
+    Column("key", String(48), nullable=False),
+    _number("bucket", nullable=False),
+    Column("at", Double, nullable=False),
+    # A device counts once in a word count.
+    PrimaryKeyConstraint("word_count", "device"),
+)

@@ -99,11 +99,7 @@ def open_examples(
     if data_format in (DataFormat.TEXT, DataFormat.STORE):
         if words is None:
             raise ConfigError(f"{config.path} holds texts, and the task is not about words")
-        generation = None
-        if data_format is DataFormat.TEXT:
-            texts = _side_of_texts(_own_texts(config), config, side)
-        else:
-            generation, texts = _stored_texts(config, limits, side)
+        generation, texts = _texts_in(config, data_format, limits, side)
         inputs, targets = words.windows(texts)
         return Examples(inputs, targets, texts=len(texts), generation=generation)
     source = _open_source(config, data_format)
@@ -111,6 +107,19 @@ def open_examples(
     rows = _side_of_rows(_own_rows(config, targets), config, side)
     inputs = source.read_inputs(rows)
     return Examples(_native(inputs), _native(targets[rows]), source.full_scale)
+
+
+def training_texts(
+    config: DataConfig, limits: ExampleLimits | None
+) -> tuple[int | None, list[str]]:
+    """The generation of the example store, if it is one, and the texts that are trained on.
+
+    Raises `ConfigError` if there are no texts but other examples, and as `open_examples`.
+    """
+    data_format = _format_of(config)
+    if data_format not in (DataFormat.TEXT, DataFormat.STORE):
+        raise ConfigError(f"{config.path} holds no texts")
+    return _texts_in(config, data_format, limits, Split.TRAINING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +177,14 @@ def split_to_files(
     except OSError as error:
         raise StoreError(f"cannot write the parts to {out}: {error}") from error
     return paths
+
+
+def _texts_in(
+    config: DataConfig, data_format: DataFormat, limits: ExampleLimits | None, side: Split
+) -> tuple[int | None, list[str]]:
+    if data_format is DataFormat.TEXT:
+        return None, _side_of_texts(_own_texts(config), config, side)
+    return _stored_texts(config, limits, side)
 
 
 def _stored_texts(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from fedge.schemas.blobs import BlobRef
 from fedge.schemas.errors import PlanRefused
 from fedge.schemas.ids import sha256
-from fedge.schemas.onnx_wire import check_graph
+from fedge.schemas.onnx_wire import INFER_OPERATORS, check_graph
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.tensor_spec import BATCH
 
@@ -48,8 +48,13 @@ def check_eval_graph(manifest: PlanManifest, graph: bytes) -> None:
 def check_infer_graph(manifest: PlanManifest, graph: bytes) -> None:
     """Raises `PlanRefused` unless `graph` is the manifest's `infer`, by digest and by the rules."""
     _check_digest("infer", manifest.graphs.infer, graph)
-    weights = [weight.graph_name for weight in manifest.weights]
-    check_graph(graph, inputs=["input"], outputs=["output"], open_names=weights)
+    check_graph(
+        graph,
+        inputs=["input"],
+        outputs=["output"],
+        open_names=manifest.infer_names,
+        operators=INFER_OPERATORS,
+    )
 
 
 def measure_names(manifest: PlanManifest) -> tuple[str, ...]:

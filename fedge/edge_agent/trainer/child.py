@@ -28,6 +28,7 @@ from fedge.edge_agent.data.examples import Examples, count_examples, open_exampl
 from fedge.edge_agent.durable import replace_file
 from fedge.edge_agent.engines import EngineName, choose_engine, open_engine
 from fedge.edge_agent.engines.protocol import Engine
+from fedge.edge_agent.example_text import Split
 from fedge.edge_agent.trainer.checkpoint_file import (
     TrainingKey,
     digest_of_examples,
@@ -48,6 +49,8 @@ from fedge.edge_agent.trainer.jobs import (
     Failed,
     Interrupted,
     Job,
+    Personalised,
+    PersonaliseJob,
     Progressed,
     Trained,
     TrainJob,
@@ -98,6 +101,10 @@ class Worker:
                 return _activate(job)
             case EvaluateJob():
                 return _evaluate(job, stop, self._clock)
+            case PersonaliseJob():
+                # Two engines may not fit.
+                self._engine = self._resumable = self._engine_key = None
+                return _personalise(job, say, stop, self._clock)
             case CountJob():
                 counts = count_examples(job.data)
                 return Counted(examples=counts.training, hold_out=counts.hold_out)
@@ -212,7 +219,9 @@ class _LeftTraining:
         return True
 
 
-def _words(job: TrainJob | EvaluateJob, manifest: PlanManifest) -> WordEncoder | None:
+def _words(
+    job: TrainJob | EvaluateJob | PersonaliseJob, manifest: PlanManifest
+) -> WordEncoder | None:
     vocabulary = None if job.vocabulary is None else Vocabulary.decode(_read(job.vocabulary))
     return word_encoder(manifest, vocabulary)
 
@@ -238,6 +247,28 @@ def _evaluate(job: EvaluateJob, stop: Callable[[], bool], clock: Callable[[], fl
     )
 
 
+def _personalise(
+    job: PersonaliseJob, say: Say, stop: Callable[[], bool], clock: Callable[[], float]
+) -> Personalised | Interrupted:
+    # Only here, as for activation.
+    from fedge.edge_agent.trainer.personal_job import personalise  # noqa: PLC0415
+
+    manifest = PlanManifest.decode(_read(job.manifest))
+    words = _words(job, manifest)
+    done = personalise(
+        job,
+        manifest,
+        open_examples(job.data, words, job.limits),
+        open_examples(job.data, words, job.limits, Split.HOLD_OUT),
+        on_step=_throttled(say, clock),
+        stop=stop,
+        clock=clock,
+    )
+    if isinstance(done, Interrupted):
+        return done
+    return done.model_copy(update={"peak_rss_bytes": peak_rss_bytes()})
+
+
 def _activate(job: ActivateJob) -> Activated:
     # Only here: activation needs onnxruntime, training with torch does not.
     from fedge.edge_agent.activation import activate, build_model  # noqa: PLC0415
@@ -252,8 +283,13 @@ def _activate(job: ActivateJob) -> Activated:
         read_tensors(job.golden_inputs),
         read_tensors(job.golden_outputs),
         job.output,
+        beside=job.beside,
     )
-    return Activated(latency_ms=done.latency_ms, largest_difference=done.largest_difference)
+    return Activated(
+        latency_ms=done.latency_ms,
+        largest_difference=done.largest_difference,
+        beside_ms=done.beside_ms,
+    )
 
 
 def _throttled(say: Say, clock: Callable[[], float]) -> Callable[[Progress], None]:

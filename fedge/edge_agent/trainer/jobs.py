@@ -18,6 +18,8 @@ from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.engines import EngineName
 from fedge.edge_agent.example_limits import ExampleLimits
 from fedge.edge_agent.example_text import Split
+from fedge.edge_agent.layers import Layers
+from fedge.edge_agent.personal_models import HeldOutSums
 from fedge.edge_agent.training_settings import TrainingSettings
 from fedge.schemas.blobs import (
     DEFAULT_CHUNK_BYTES,
@@ -103,7 +105,7 @@ class Trained(_Line):
 class Interrupted(_Line):
     """The training was told to stop, and did so after `step` of `steps`.
 
-    `kept`: its checkpoint is at the job's `checkpoint`.
+    `kept`: its checkpoint is at the job's `checkpoint`; a personal training leaves none.
     """
 
     answer: Literal["interrupted"] = "interrupted"
@@ -118,6 +120,7 @@ class Activated(_Line):
     answer: Literal["activated"] = "activated"
     latency_ms: float
     largest_difference: float
+    beside_ms: float | None = None
 
 
 class Evaluated(_Line):
@@ -132,6 +135,26 @@ class Evaluated(_Line):
     loss_sum: float
     metrics: dict[str, float]
     evaluation_s: float
+    generation: int | None = None
+
+
+class Personalised(_Line):
+    """What a personal training came to.
+
+    `common`, `personal`: the version's weights and the new ones, on the same examples held out.
+    `weights_sha256`: of the file at the job's `weights_output`, with its model at `model_output`;
+    None if the version is as good or better: then nothing was written. The rest as in `Trained`.
+    """
+
+    answer: Literal["personalised"] = "personalised"
+    examples: int
+    steps: int
+    training_s: float
+    evaluation_s: float
+    common: HeldOutSums
+    personal: HeldOutSums
+    weights_sha256: Digest | None = None
+    peak_rss_bytes: int
     generation: int | None = None
 
 
@@ -205,7 +228,9 @@ class Failed(_Line):
         return _PLAIN[self.kind](self.detail)
 
 
-Answer = Progressed | Trained | Interrupted | Activated | Evaluated | Counted | Failed
+Answer = (
+    Progressed | Trained | Interrupted | Activated | Evaluated | Personalised | Counted | Failed
+)
 _ANSWERS: TypeAdapter[Answer] = TypeAdapter(Annotated[Answer, Field(discriminator="answer")])
 
 
@@ -253,7 +278,8 @@ class TrainJob(_Line):
 class ActivateJob(_Line):
     """Make a version's model from `infer_graph` and `weights`, check it, put it at `output`.
 
-    `golden_inputs`, `golden_outputs`: safetensors with `input` and with `output`.
+    `golden_inputs`, `golden_outputs`: safetensors with `input` and with `output`. `beside`: the
+    model in use, if its latency is to be told beside.
     """
 
     job: Literal["activate"] = "activate"
@@ -264,6 +290,7 @@ class ActivateJob(_Line):
     golden_outputs: Path
     model_sha256: Digest
     output: Path
+    beside: Path | None = None
 
     @property
     def answer_type(self) -> type[Activated]:
@@ -293,6 +320,36 @@ class EvaluateJob(_Line):
         return Evaluated
 
 
+class PersonaliseJob(_Line):
+    """Fine-tune a version for this device alone, and keep what is better on what is held out.
+
+    Written only if it is better: the weights to `weights_output`, a safetensors file, and their
+    ONNX file to `model_output`; neither is put into any place. `layers`: what is trained. The rest
+    as in `TrainJob`, `EvaluateJob` and `ActivateJob`. There is no checkpoint.
+    """
+
+    job: Literal["personalise"] = "personalise"
+    manifest: Path
+    train_graph: Path
+    eval_graph: Path
+    infer_graph: Path
+    weights: Path
+    golden_inputs: Path
+    vocabulary: Path | None = None
+    data: DataConfig
+    limits: ExampleLimits | None = None
+    settings: TrainingSettings
+    layers: Layers
+    weights_output: Path
+    model_output: Path
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+
+    @property
+    def answer_type(self) -> type[Personalised]:
+        """What to expect."""
+        return Personalised
+
+
 class CountJob(_Line):
     """Count the device's examples."""
 
@@ -305,7 +362,7 @@ class CountJob(_Line):
         return Counted
 
 
-Job = TrainJob | ActivateJob | EvaluateJob | CountJob
+Job = TrainJob | ActivateJob | EvaluateJob | PersonaliseJob | CountJob
 _JOBS: TypeAdapter[Job] = TypeAdapter(Annotated[Job, Field(discriminator="job")])
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -33,16 +32,19 @@ from fedge.edge_agent.trainer.jobs import (
     Failed,
     Interrupted,
     JobFor,
+    PersonaliseJob,
     Progressed,
     TrainJob,
     decode_answer,
 )
 from fedge.schemas.errors import TrainingFailed
+from fedge.schemas.logs import EventLog
 
-log = logging.getLogger(__name__)
+log = EventLog(__name__)
 
 A = TypeVar("A")
 OnProgress = Callable[[Progressed], None]
+Interruptible = TrainJob | PersonaliseJob
 
 STOP_GRACE_S = 0.9
 """For a training that is interrupted, to end its step and write its checkpoint; then it is killed.
@@ -88,7 +90,7 @@ class Trainer(Protocol):
         """See `TrainerProcess.run`."""
         ...
 
-    def interrupt(self, job: TrainJob) -> bool:
+    def interrupt(self, job: Interruptible) -> bool:
         """See `TrainerProcess.interrupt`."""
         ...
 
@@ -145,7 +147,7 @@ class TrainerProcess:
         """The same, as a pool tells it."""
         return () if self._child is None else (self._child.pid,)
 
-    def interrupt(self, job: TrainJob) -> bool:
+    def interrupt(self, job: Interruptible) -> bool:
         """Has `job` stop within `STOP_GRACE_S`; its `run` raises `TrainingInterrupted`.
 
         False if the job has not begun, or is done.
@@ -220,7 +222,8 @@ class TrainerProcess:
 
     def _leave(self, child: Process, job: object) -> bool:
         """Has a cancelled job stop after its step. False: its process has to be killed."""
-        stoppable = isinstance(job, TrainJob | EvaluateJob) and not self._interrupted and not self._closed
+        kinds = TrainJob | EvaluateJob | PersonaliseJob
+        stoppable = isinstance(job, kinds) and not self._interrupted and not self._closed
         if not stoppable or child.returncode is not None:
             return False
         self._leaving = asyncio.create_task(self._stop(child, job), name="trainer-stops")
@@ -287,7 +290,7 @@ class TrainerProcess:
             )
         except OSError as error:
             raise TrainingFailed(f"the training process cannot be started: {error}") from error
-        log.info("trainer_started pid=%d", self._child.pid)
+        log.info("trainer_started", pid=self._child.pid)
         return self._child
 
     def _start_expiry(self) -> None:
@@ -317,7 +320,7 @@ class TrainerProcess:
                 await child.wait()
         except TimeoutError:
             await self._kill(child)
-        log.info("trainer_ended pid=%d", child.pid)
+        log.info("trainer_ended", pid=child.pid)
 
     async def _kill(self, child: Process) -> None:
         if self._child is child:
@@ -347,7 +350,7 @@ class TrainerPool:
         finally:
             self._idle.put_nowait(trainer)
 
-    def interrupt(self, job: TrainJob) -> bool:
+    def interrupt(self, job: Interruptible) -> bool:
         """As `TrainerProcess.interrupt`."""
         return any(trainer.interrupt(job) for trainer in self._all)
 
@@ -389,7 +392,7 @@ async def _converse(
             answer = decode_answer(line)
             if isinstance(answer, (Failed, job.answer_type)):
                 return answer
-            if isinstance(answer, Interrupted) and isinstance(job, TrainJob):
+            if isinstance(answer, Interrupted) and isinstance(job, Interruptible):
                 return answer
             if not isinstance(answer, Progressed):
                 break
@@ -453,6 +456,10 @@ def _ending(returncode: int) -> str:
 
 
 def _remove_partial(job: object) -> None:
+    if isinstance(job, PersonaliseJob):
+        with contextlib.suppress(OSError):
+            job.model_output.unlink(missing_ok=True)
+            job.weights_output.unlink(missing_ok=True)
     if isinstance(job, TrainJob | ActivateJob):
         # On a disk that is read-only now it stays, and goes at the next start.
         with contextlib.suppress(OSError):

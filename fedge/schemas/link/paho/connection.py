@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
 import socket
 from collections.abc import Callable
@@ -27,8 +26,9 @@ from paho.mqtt.reasoncodes import ReasonCode
 from fedge.schemas.link.paho.answers import AnswerWatch
 from fedge.schemas.link.paho.attempt import QOS, client_of, connect, dispose_of
 from fedge.schemas.link.paho.settings import LinkSettings, MqttProtocol
+from fedge.schemas.logs import EventLog
 
-log = logging.getLogger(__name__)
+log = EventLog(__name__)
 
 UNSUPPORTED_PROTOCOL = 0x84
 SESSION_TAKEN_OVER = 0x8E
@@ -372,7 +372,7 @@ class Connection:
         try:
             topic = message.topic
         except UnicodeDecodeError:
-            log.warning("message_dropped reason=topic_not_utf8")
+            log.warning("message_dropped", reason="topic_not_utf8")
             if packet_id:
                 # Left unacknowledged, it would come again for ever.
                 self.ack(packet_id)

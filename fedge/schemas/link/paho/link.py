@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
 import random
 from collections import deque
@@ -36,10 +35,11 @@ from fedge.schemas.link.paho.limits import TOPIC_ALLOWANCE_BYTES, PacketLimit
 from fedge.schemas.link.paho.outbox import Outbox, Outgoing
 from fedge.schemas.link.paho.settings import Backoff, LinkSettings, MqttProtocol
 from fedge.schemas.link.protocol import MAX_IN_FLIGHT, Delivery, LinkDown, LinkEvent, LinkUp
+from fedge.schemas.logs import EventLog
 
 __all__ = ["TOPIC_ALLOWANCE_BYTES", "PahoLink"]
 
-log = logging.getLogger(__name__)
+log = EventLog(__name__)
 
 GOODBYE_LIMIT_S = 2.0
 RIVAL_LOSSES = 3
@@ -270,10 +270,10 @@ class PahoLink:
                 reason += f"; does another client use the id {self.settings.client_id!r}"
                 reason += "?" if was_idle else ", or is a packet above the broker's limit?"
             log.warning(
-                "link_down client_id=%s reason=%r retry_in_s=%.2f",
-                self.settings.client_id,
-                reason,
-                delay_s,
+                "link_down",
+                client_id=self.settings.client_id,
+                reason=reason,
+                retry_in_s=round(delay_s, 2),
             )
             self._emit_down(reason)
             await self._wait_to_try_again(delay_s, lasted_s, lost)
@@ -331,10 +331,10 @@ class PahoLink:
             return
         self._up = True
         log.info(
-            "link_up client_id=%s protocol=%s session_present=%s",
-            self.settings.client_id,
-            protocol.value,
-            accepted.session_present,
+            "link_up",
+            client_id=self.settings.client_id,
+            protocol=protocol.value,
+            session_present=accepted.session_present,
         )
         self._emit(LinkUp(accepted.session_present))
         for delivery in self._early:
@@ -352,11 +352,11 @@ class PahoLink:
             tried.update(missing)
             for topic_filter, answer in await self._send_subscribe(connection, missing):
                 log.error(
-                    "subscription_refused client_id=%s filter=%s code=%d reason=%r",
-                    self.settings.client_id,
-                    topic_filter,
-                    answer.code,
-                    answer.explanation,
+                    "subscription_refused",
+                    client_id=self.settings.client_id,
+                    filter=topic_filter,
+                    code=answer.code,
+                    reason=answer.explanation,
                 )
 
     def _drop_connection(self, lost: Lost) -> None:
@@ -380,10 +380,10 @@ class PahoLink:
         size_bytes = self._limit.refused(given_up.topic, given_up.payload)
         why = "it closes the connection whenever this is sent"
         log.error(
-            "broker_limit client_id=%s packet_bytes=%d reason=%r",
-            self.settings.client_id,
-            size_bytes,
-            why,
+            "broker_limit",
+            client_id=self.settings.client_id,
+            packet_bytes=size_bytes,
+            reason=why,
         )
         code = lost.code if lost.code == PACKET_TOO_LARGE else None
         given_up.done.set_exception(LinkRefused(f"a publish to {given_up.topic}", code, why))
@@ -478,7 +478,7 @@ class PahoLink:
     def _on_keeper_done(self, keeper: asyncio.Task[None]) -> None:
         # It ends by itself only through a defect: then the link is closed, loudly.
         if not keeper.cancelled() and keeper.exception() is not None:
-            log.error("link_failed client_id=%s", self.settings.client_id)
+            log.error("link_failed", client_id=self.settings.client_id)
             self._failure = keeper.exception()
             self._closed = True
             for outgoing in self._outbox.close():
