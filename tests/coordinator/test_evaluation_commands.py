@@ -90,7 +90,9 @@ def test_json_holds_every_device(folder: Path) -> None:
     found = json.loads(run(folder, "evaluation", "show", "1", "--json").output)
     assert found["counts"] == {
         **dict.fromkeys(("failed", "no_answer"), 1),
-        "asked": 22, "ok": 20, "no_hold_out": 0,
+        "asked": 22,
+        "ok": 20,
+        "no_hold_out": 0,
     }
     assert len(found["answers"]) == 22
     assert found["evaluation"]["reason"] == "the deadline came"
