@@ -78,6 +78,7 @@ def _ended(axes: Axes, methods: Mapping[str, Any], part: str) -> None:
         )
     axes.set_title(f"Recall on {part} texts, all devices")
     axes.set_xticks([0, 1], ["top-1", "top-3"])
+    axes.yaxis.set_major_locator(MultipleLocator(0.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(visible=False, axis="x")
     axes.legend(fontsize=7.5, loc="upper left")

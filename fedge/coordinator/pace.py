@@ -1,9 +1,9 @@
 """Pace steering: when devices speak, so that a fleet of any size is as much as can be served.
 
-A small fleet comes within a moment. Of a large one, a random part is enough to fill a cohort, and
-it comes spread over the time that it takes to hear it; devices that were not chosen come back spread
-as well (Bonawitz et al. 2019, "Towards Federated Learning at Scale: System Design", section 2.3:
-"pace steering"). Pure: numbers in, numbers out.
+A small fleet comes within a moment. Of a large one, a random part is enough to fill a cohort; it
+comes spread over the time that it takes to hear it, and devices that were not chosen come back
+spread as well (Bonawitz et al. 2019, "Towards Federated Learning at Scale: System Design", section
+2.3: "pace steering"). Pure: numbers in, numbers out.
 """
 
 from __future__ import annotations
