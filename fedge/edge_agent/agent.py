@@ -92,7 +92,7 @@ class EdgeAgent:
             library = Library(state_dir, settings.storage.cache_limit_bytes)
             self._memory = _open_memory(state_dir, settings.population)
         except FedgeError:
-            self._lock.release()
+            self._lock.close()
             raise
         boot = next_boot(self._memory, state_dir / "boot", wall_clock())
         self._outbox = Outbox(self._memory, state_dir / "outbox", self._device)
@@ -223,7 +223,7 @@ class EdgeAgent:
             await self._control.close()
             await self._bulk.close()
             self._memory.close()
-            self._lock.release()
+            self._lock.close()
 
     def _recover(self) -> None:
         self._storage.attempt("sweep", self._outbox.sweep)

@@ -44,8 +44,10 @@ def is_partial(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".part")
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, *, private: bool = False) -> None:
     """Makes `path` hold `data`: written beside it, synced, renamed, the folder synced.
+
+    `private`: readable by this user alone, from its first moment on.
 
     One process at a time may write a path. Raises `StoreError`, or `StoreUnavailable` for a disk
     that cannot be written now; `path` is as it was then, and nothing is left beside it.
@@ -53,7 +55,10 @@ def replace_file(path: Path, data: bytes) -> None:
     partial = partial_of(path)
     with disk(f"write {path}"):
         try:
-            with partial.open("wb") as file:
+            # What a killed process left may be readable by others.
+            partial.unlink(missing_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            with os.fdopen(os.open(partial, flags, 0o600 if private else 0o666), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

@@ -7,15 +7,14 @@ import errno
 import fcntl
 import os
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from fedge.schemas.closing import Closing
 from fedge.schemas.errors import ConfigError, StoreUnavailable
 
 LOCK_FILE = "lock"
 
 
-class StateLock:
+class StateLock(Closing):
     """Holds `<state>/lock` so that one program at a time writes a state folder.
 
     The kernel drops the lock when the process ends, however it ends: there is no stale lock to
@@ -61,19 +60,8 @@ class StateLock:
             return None
         return None
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Lets the next one in. The file stays: removing it would let two processes lock two."""
         # On a full disk the number is still to be written; the file is closed all the same.
         with contextlib.suppress(OSError):
             self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()

@@ -86,7 +86,7 @@ class Store(
             lock = None
             if serve:
                 lock = StateLock(state_dir, "coordinator")
-                undo.callback(lock.release)
+                undo.callback(lock.close)
                 # Before there are tables: a database that may not serve here stays empty.
                 check_folder(state_dir, state_dir / BLOBS_FOLDER, url)
             database = Database(url, create=create, serve=serve)
@@ -115,7 +115,7 @@ class Store(
         """Closes the database and releases the locks."""
         self._database.close()
         if self._lock is not None:
-            self._lock.release()
+            self._lock.close()
 
 
 def _make_folder(state_dir: Path) -> None:

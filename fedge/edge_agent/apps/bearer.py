@@ -6,7 +6,6 @@ The token is never logged and never an argument of a program.
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import os
 import re
@@ -14,7 +13,7 @@ import secrets
 import stat
 from pathlib import Path
 
-from fedge.edge_agent.durable import disk, partial_of
+from fedge.edge_agent.durable import disk, replace_file
 from fedge.schemas.errors import ConfigError
 
 _TOKEN_BYTES = 32
@@ -46,7 +45,8 @@ def token_in(path: Path) -> BearerToken:
     """
     with disk(f"use the token {path}"):
         if not path.exists():
-            _make(path)
+            token = secrets.token_urlsafe(_TOKEN_BYTES).encode()
+            replace_file(path, token + b"\n", private=True)
         return BearerToken(_read(path))
 
 
@@ -76,23 +76,3 @@ def _opened(path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except PermissionError as error:
         raise ConfigError(f"token_file {path} belongs to another user: it is not read") from error
-
-
-def _make(path: Path) -> None:
-    partial = partial_of(path)
-    try:
-        partial.unlink(missing_ok=True)
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_urlsafe(_TOKEN_BYTES).encode() + b"\n")
-            file.flush()
-            os.fsync(descriptor)
-        partial.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
