@@ -11,6 +11,7 @@ kind.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from typing import Any, TypeVar
 
@@ -98,18 +99,25 @@ class SharedTrainer:
                 # It had its turn already, and does not need it any more.
                 self._pass_on()
             else:
-                line.remove(mine)
+                # Whoever looked for the next one in this moment has taken it out already.
+                with contextlib.suppress(ValueError):
+                    line.remove(mine)
             raise
 
     def _pass_on(self) -> None:
+        while (line := self._next_line()) is not None:
+            waiting = line.popleft()
+            if not waiting.done():
+                self._others_turn = line is self._first
+                waiting.set_result(None)
+                return
+            # It was cancelled in this turn of the loop, and has not run since.
+        self._free += 1
+
+    def _next_line(self) -> deque[asyncio.Future[None]] | None:
         both = self._first and self._others
         line = self._others if not self._first or (both and self._others_turn) else self._first
-        line = line or self._last
-        if not line:
-            self._free += 1
-            return
-        self._others_turn = line is self._first
-        line.popleft().set_result(None)
+        return line or self._last or None
 
 
 def _goes_first(job: object) -> bool:

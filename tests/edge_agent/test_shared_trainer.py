@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.shared_trainer import SharedTrainer
@@ -108,3 +110,41 @@ def test_who_is_cancelled_while_waiting_keeps_nobody_else_waiting() -> None:
         return processes.begun
 
     assert asyncio.run(scenario()) in (["t0", "t3"], ["t0", "t2", "t3"])
+
+
+@given(
+    at_once=st.integers(1, 3),
+    ticks=st.lists(
+        st.lists(
+            st.one_of(
+                st.tuples(st.just("run"), st.booleans()),
+                st.tuples(st.just("cancel"), st.integers(0, 11)),
+            ),
+            max_size=5,
+        ),
+        max_size=12,
+    ),
+)
+def test_whoever_is_cancelled_in_whatever_moment_the_next_job_has_its_turn(
+    at_once: int, ticks: list[list[tuple[str, Any]]]
+) -> None:
+    async def scenario() -> None:
+        processes = Processes()
+        trainer = shared(processes, at_once)
+        tasks: list[asyncio.Task[str]] = []
+        for tick in ticks:
+            for what, which in tick:
+                if what == "run":
+                    job = training("t") if which else activation("a")
+                    tasks.append(asyncio.create_task(trainer.run(job)))
+                elif which < len(tasks):
+                    tasks[which].cancel()
+            await asyncio.sleep(0)
+        for ended in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(ended, str | asyncio.CancelledError)
+        assert processes.most <= at_once
+        last = [trainer.run(training(f"last{n}")) for n in range(at_once)]
+        async with asyncio.timeout(5):
+            assert len(await asyncio.gather(*last)) == at_once
+
+    asyncio.run(scenario())
