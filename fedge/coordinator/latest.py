@@ -10,13 +10,19 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
+from fedge.schemas.errors import StoreError, StoreUnavailable
+from fedge.schemas.logs import EventLog
+
+log = EventLog(__name__)
+
 T = TypeVar("T")
 
 
 class LatestOnly(Generic[T]):
     """Does `work` for a device and what it said. `start`: runs a coroutine beside everything else.
 
-    What `work` raises ends that device's turn, and is whoever's `start` carries it.
+    What `work` raises ends that device's turn, and is whoever's `start` carries it; but what the
+    store refuses for good is logged here: no device may end the coordinator by what it says.
     """
 
     def __init__(
@@ -41,7 +47,18 @@ class LatestOnly(Generic[T]):
     async def _do(self, device: str) -> None:
         try:
             while device in self._next:
-                await self._work(device, self._next.pop(device))
+                try:
+                    await self._work(device, self._next.pop(device))
+                except StoreUnavailable:
+                    raise
+                except StoreError as error:
+                    # What the database refuses of one device is no reason to stop for all.
+                    log.error(
+                        "not_carried_out",
+                        what=self._name,
+                        device=device,
+                        reason=str(error),
+                    )
         finally:
             self._busy.discard(device)
             self._next.pop(device, None)

@@ -11,7 +11,7 @@ import time
 from enum import StrEnum
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedge.schemas.blobs import BlobRef
 from fedge.schemas.errors import PeerError, RejectReason
@@ -32,12 +32,20 @@ MAX_MESSAGE_BYTES = 124 * 1024
 """A control message above this is refused unread. Within AWS IoT's 128 KiB; the largest honest one
 is an offer of 2,048 chunks with a full loss curve."""
 
-Detail = Annotated[str, Field(max_length=500)]
+
+def _without_nul(text: str) -> str:
+    return text.replace("\0", "\ufffd")
+
+
+Said = AfterValidator(_without_nul)
+"""Text that a peer made up: PostgreSQL keeps no NUL in a text, and nobody needs one."""
+Detail = Annotated[str, Field(max_length=500), Said]
 Seconds = Annotated[float, Field(ge=0, le=30 * 86400)]
 Count = Annotated[int, Field(ge=0, le=2**40)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Sum = Annotated[float, Field(allow_inf_nan=False, ge=-1e15, le=1e15)]
 """Over one device's examples: so bounded that the sums of a fleet stay finite."""
+MeasureName = Annotated[str, Field(max_length=40, pattern=r"^[^\x00]*$")]
 Bitmap = Annotated[str, Field(max_length=512)]
 
 
@@ -317,7 +325,7 @@ class Offer(Message):
     steps: Count
     training_s: Seconds
     loss: LossCurve
-    metrics: Annotated[dict[Annotated[str, Field(max_length=40)], Finite], Field(max_length=16)]
+    metrics: Annotated[dict[MeasureName, Finite], Field(max_length=16)]
 
 
 class Need(Message):
@@ -370,7 +378,7 @@ class EvaluationSums(BaseModel):
     examples: Annotated[int, Field(ge=1, le=2**40)]
     rows: Annotated[int, Field(ge=1, le=2**40)]
     loss_sum: Sum
-    metrics: Annotated[dict[Annotated[str, Field(max_length=40)], Sum], Field(max_length=16)]
+    metrics: Annotated[dict[MeasureName, Sum], Field(max_length=16)]
 
 
 class EvaluationResult(Message):
@@ -459,7 +467,7 @@ class Presence(Message):
 
     boot: Count
     online: bool
-    agent_version: Annotated[str, Field(max_length=40)] = ""
+    agent_version: Annotated[str, Field(max_length=40), Said] = ""
 
 
 M = TypeVar("M", bound=Message)

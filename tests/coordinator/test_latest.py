@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from fedge.coordinator.latest import LatestOnly
+from fedge.schemas.errors import StoreError
 
 
 def test_of_what_a_device_says_meanwhile_only_the_newest_is_done() -> None:
@@ -50,3 +51,23 @@ def test_work_that_fails_does_not_keep_the_device_from_the_next() -> None:
         return done
 
     assert asyncio.run(scenario()) == [1]
+
+
+def test_what_the_store_refuses_of_one_device_ends_nothing() -> None:
+    async def scenario() -> list[int]:
+        done: list[int] = []
+
+        async def work(_: str, said: int) -> None:
+            if said == 0:
+                raise StoreError("CHECK constraint failed")
+            done.append(said)
+
+        async with asyncio.TaskGroup() as group:
+            latest = LatestOnly(work, lambda c, name: group.create_task(c, name=name), "work")
+            latest.put("liar", 0)
+            await asyncio.sleep(0)
+            latest.put("liar", 1)
+            latest.put("honest", 2)
+        return done
+
+    assert sorted(asyncio.run(scenario())) == [1, 2]

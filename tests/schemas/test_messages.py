@@ -209,3 +209,14 @@ def test_the_largest_honest_message_fits():
 
 def test_messages_are_told_apart_by_their_ids():
     assert len({messages.Retry(round=1, after_s=0).id for _ in range(100)}) == 100
+
+
+def test_no_text_of_a_peer_holds_what_a_database_cannot_keep():
+    report = messages.decode(
+        messages.Report, b'{"kind": "training_failed", "round": 1, "detail": "a\\u0000b"}'
+    )
+    assert report.detail == "a\ufffdb"
+    birth = messages.decode(
+        messages.Presence, b'{"boot": 1, "online": true, "agent_version": "1\\u0000"}'
+    )
+    assert "\0" not in birth.agent_version
