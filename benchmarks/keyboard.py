@@ -12,8 +12,9 @@ choose by and never looks at the test.
     n-gram       interpolated Kneser-Ney, trained on what all devices typed, pooled; the order with
                  the best validation
     own n-gram   the same, each device with its own texts only
-    central      the plan's own training step on what all typed, pooled
-    federated    the same step on the devices, weighted means, a server optimizer
+    central      everybody's texts, pooled, with Adam: what adaptive rates reach in one place
+    central SGD  the same with the training step that the devices have
+    federated    that step on the devices, weighted means, a server optimizer, which may adapt
     personal     each device trains the federated weights on for itself, and keeps the copy if that
                  is better on its own validation part
 
@@ -58,13 +59,14 @@ from pydantic import TypeAdapter
 
 from fedge.coordinator.compiler import compile_task
 from fedge.coordinator.server_optimizer import ServerOptimizerConfig, server_optimizer
-from fedge.coordinator.tasks.next_word import next_word
+from fedge.coordinator.task import Adam
+from fedge.coordinator.tasks.next_word import even_cross_entropy, next_word
 from fedge.coordinator.vocabularies import public_words
-from fedge.edge_agent.data.texts import TextLine
 from fedge.schemas.tensors import Tensors
+from fedge.schemas.text_file import TextLine
 from fedge.schemas.words import Vocabulary, WordEncoder
 
-METHODS = ("ngram", "central", "federated", "personal")
+METHODS = ("ngram", "central", "central_sgd", "federated", "personal")
 NGRAM_ORDERS = (2, 3, 4, 5)
 
 
@@ -85,8 +87,9 @@ def main() -> None:
     if "ngram" in options.methods:
         found["ngram"] = ngram(typists, words, measured, fresh)
         found["own_ngram"] = own_ngram(typists, words, measured, fresh, found["ngram"]["order"])
-    if "central" in options.methods:
-        found["central"] = experiment.course("central")
+    for method in ("central", "central_sgd"):
+        if method in options.methods:
+            found[method] = experiment.course(method)
     if "federated" in options.methods or "personal" in options.methods:
         found["federated"] = experiment.course("federated")
     if "personal" in options.methods:
@@ -119,22 +122,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--dimensions", type=int, default=48)
     add("--window", type=int, default=8)
     add("--passes", type=int, default=12, help="over the data, central and federated")
-    add("--central-learning-rate", type=float, default=1.0)
+    add("--central-learning-rate", type=float, default=0.003, help="of central Adam")
+    add("--central-sgd-learning-rate", type=float, default=2.0)
     add("--central-batch-size", type=int, default=8)
-    add("--learning-rate", type=float, default=1.0, help="of a device in a round")
+    add("--learning-rate", type=float, default=2.0, help="of a device in a round")
     add("--batch-size", type=int, default=8, help="of a device")
     add("--local-steps", type=int, default=5, help="of a device in a round, at most; 0: an epoch")
     add("--cohort", type=int, default=5, help="devices a round")
     add(
         "--server-optimizer",
         type=_server_optimizer,
-        default='{"name": "sgd", "momentum": 0.8}',
+        default='{"name": "adam", "learning_rate": 0.05, "tau": 0.001}',
         help="as JSON, with the keys of [server_optimizer] in fedge.toml",
     )
-    rate = "share of the learning rate in the last pass; it falls by equal factors"
+    rate = "share of the learning rate in the last pass, to which it falls by equal factors"
     add("--central-last-pass", type=float, default=0.05, help=rate)
-    add("--last-pass", type=float, default=0.03, help=rate)
-    add("--personal-learning-rate", type=float, default=0.1)
+    add("--last-pass", type=float, default=1.0, help=f"{rate}, on the devices")
+    add("--server-last-pass", type=float, default=0.05, help=f"{rate}, of the server optimizer")
+    add("--personal-learning-rate", type=float, default=0.2)
     add("--personal-epochs", type=int, default=10, help="at most")
     add("--seed", type=int, default=0, help="of cohorts and orders")
     add("--tune", action="store_true", help="look at validation parts only")
@@ -171,6 +176,7 @@ class Experiment:
     options: argparse.Namespace
     devices: list[Device]
     trainer: Trainer
+    central_trainer: Trainer
     start: Tensors
     known_share: float
 
@@ -183,11 +189,21 @@ class Experiment:
         measured: Mapping[str, Sequence[str]],
         fresh: Mapping[str, Sequence[str]],
     ) -> Experiment:
-        """Compiles the plan, half a minute, and makes windows of the texts."""
+        """Compiles the plans, half a minute each, and makes windows of the texts.
+
+        They differ in the optimizer only: Adam for `central`, SGD for the rest.
+        """
         task = next_word(
-            words, cells=options.cells, dimensions=options.dimensions, window=options.window
+            words,
+            cells=options.cells,
+            dimensions=options.dimensions,
+            window=options.window,
+            loss=even_cross_entropy,
         )
         plan = compile_task(task)
+        trainer = central_trainer = Trainer(plan)
+        if "central" in options.methods:
+            central_trainer = Trainer(compile_task(replace(task, optimizer=Adam())))
         encoder = WordEncoder(words, options.window)
         devices = [device_of(encoder, one, measured[one.name], fresh[one.name]) for one in typists]
         # Somebody who never typed a word has nothing to train on, nor to measure.
@@ -196,7 +212,7 @@ class Experiment:
         ]
         targets = pooled(one.train for one in devices).raw_targets
         known = float((targets > 2).sum() / (targets > 0).sum())
-        return cls(options, devices, Trainer(plan), plan.initial_weights, known)
+        return cls(options, devices, trainer, central_trainer, plan.initial_weights, known)
 
     def facts(self) -> dict[str, Any]:
         """What the experiment is made of."""
@@ -211,25 +227,27 @@ class Experiment:
         }
 
     def course(self, method: str) -> dict[str, Any]:
-        """Trains `method`, or goes on with it: its curve, and its numbers in the end."""
+        """Trains `method`, or goes on with it: its curve, and its numbers.
+
+        They are of the version that is best on the validation part, which is the one that an
+        operator would roll out; those of the last version stand beside them.
+        """
         course = self._followed(method)
         measured = pooled(one.measured for one in self.devices)
         fresh = pooled(one.fresh for one in self.devices)
-        at_end = shares(self.trainer.sums(course.weights, measured))
-        at_best = shares(self.trainer.sums(course.best, measured))
         return {
-            **at_end,
-            "fresh": shares(self.trainer.sums(course.weights, fresh)),
-            "passes": course.passes,
-            "windows_trained": course.windows_trained,
+            **shares(self.trainer.sums(course.best, measured)),
+            "fresh": shares(self.trainer.sums(course.best, fresh)),
             "best_passes": course.best_passes,
-            "at_best_passes": at_best,
+            "passes": course.passes,
+            "at_last_pass": shares(self.trainer.sums(course.weights, measured)),
+            "windows_trained": course.windows_trained,
             "curve": [asdict(point) for point in course.curve],
         }
 
     def personal(self) -> dict[str, Any]:
         """What every device makes of the federated weights."""
-        weights = self._followed("federated").weights
+        weights = self._followed("federated").best
         options = self.options
         how = Local(options.personal_learning_rate, options.batch_size, options.personal_epochs)
         found: dict[str, Personal] = {}
@@ -250,25 +268,29 @@ class Experiment:
             print(f"{method}: {found}, {time.monotonic() - began:.0f} s", flush=True)
             return found
 
-        one_pass, state = self._central() if method == "central" else self._federated()
+        trainer = self.central_trainer if method == "central" else self.trainer
+        one_pass, state = (
+            self._federated() if method == "federated" else self._central(method, trainer)
+        )
         return follow(
             load(path) or begin(self.start, state, measure),
             one_pass,
             passes=self.options.passes,
             measure=measure,
-            windows_trained=lambda: self.trainer.windows_trained,
+            windows_trained=lambda: trainer.windows_trained,
             on_pass=lambda course: save(course, path),
         )
 
-    def _central(self) -> tuple[Callable[..., Any], Tensors]:
+    def _central(self, method: str, trainer: Trainer) -> tuple[Callable[..., Any], Tensors]:
         options = self.options
         everything = pooled(one.train for one in self.devices)
-        how = Local(options.central_learning_rate, options.central_batch_size)
+        how = Local(getattr(options, f"{method}_learning_rate"), options.central_batch_size)
 
         def one_pass(weights: Tensors, state: Tensors, number: int) -> tuple[Tensors, Tensors]:
             seed = options.seed * 10_000 + number
             slower = self._slowed(how, number, options.central_last_pass)
-            return self.trainer.trained(weights, everything, slower, seed), state
+            # Adam begins anew with each pass, of thousands of steps: nothing but weights is kept.
+            return trainer.trained(weights, everything, slower, seed), state
 
         return one_pass, {}
 
@@ -277,14 +299,16 @@ class Experiment:
         own = {one.name: one.train for one in self.devices}
         steps = options.local_steps or None
         how = Local(options.learning_rate, options.batch_size, steps=steps)
-        optimizer = server_optimizer(options.server_optimizer, self.trainer.manifest.weights)
-        server = Server(options.cohort, optimizer, options.seed)
+        specs = self.trainer.manifest.weights
 
         def one_pass(weights: Tensors, state: Tensors, number: int) -> tuple[Tensors, Tensors]:
             slower = self._slowed(how, number, options.last_pass)
+            rate = decay(number, options.passes, options.server_last_pass)
+            optimizer = server_optimizer(slowed(options.server_optimizer, rate), specs)
+            server = Server(options.cohort, optimizer, options.seed)
             return federated_pass(self.trainer, weights, state, own, slower, server, number)
 
-        return one_pass, optimizer.init()
+        return one_pass, server_optimizer(options.server_optimizer, specs).init()
 
     def _slowed(self, how: Local, number: int, last: float) -> Local:
         """How pass `number` trains, the rate in the last pass being `last` of the first's."""
@@ -300,9 +324,12 @@ class Experiment:
         )  # fmt: skip
         mine = {
             "central": ("central_learning_rate", "central_batch_size", "central_last_pass"),
+            "central_sgd": (
+                "central_sgd_learning_rate", "central_batch_size", "central_last_pass",
+            ),
             "federated": (
                 "learning_rate", "batch_size", "local_steps", "cohort", "server_optimizer",
-                "last_pass",
+                "last_pass", "server_last_pass",
             ),
         }[method]  # fmt: skip
         facts = {name: _plain(getattr(self.options, name)) for name in (*every, *mine)}
@@ -312,6 +339,11 @@ class Experiment:
 def decay(number: int, of: int, last: float) -> float:
     """Of a learning rate in pass `number` of so many: from 1 by equal factors down to `last`."""
     return 1.0 if of == 1 else last ** ((number - 1) / (of - 1))
+
+
+def slowed(config: ServerOptimizerConfig, share: float) -> ServerOptimizerConfig:
+    """The same optimizer with `share` of its learning rate."""
+    return config.model_copy(update={"learning_rate": config.learning_rate * share})
 
 
 def ngram(

@@ -26,6 +26,7 @@ from fedge.coordinator.service import Coordinator, Plan
 from fedge.coordinator.settings import Settings
 from fedge.coordinator.store import PlanRecord, Store, VersionRecord
 from fedge.coordinator.store.housekeeping import plan_digests
+from fedge.coordinator.testset import check_test_set, load_test_set
 from fedge.coordinator.uploads import UploadDesk
 from fedge.coordinator.version_maker import VersionMaker
 from fedge.schemas.blob_files import BlobDirectory
@@ -34,8 +35,10 @@ from fedge.schemas.errors import ConfigError, PlanError
 from fedge.schemas.ids import Digest, sha256
 from fedge.schemas.logs import EventLog
 from fedge.schemas.plan import PlanManifest
+from fedge.schemas.plan_words import word_encoder
 from fedge.schemas.quantization import Scheme, as_stored
 from fedge.schemas.tensors import Tensors, read_tensors
+from fedge.schemas.words import Vocabulary
 
 if TYPE_CHECKING:
     from fedge.coordinator.evaluation import Evaluation
@@ -54,6 +57,9 @@ async def serve(settings: Settings) -> None:
     look_again = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, look_again.set)
     task = LoadedTask(settings.task)
+    if settings.evaluation is not None:
+        # Compiling takes long; what is missing for later is said before.
+        check_test_set(settings.evaluation.path)
     with Store.open(
         settings.state_dir,
         settings.store.database,
@@ -375,12 +381,13 @@ def _evaluation(
     if settings.evaluation is None:
         return None
     from fedge.coordinator.evaluation import Evaluator, beside  # noqa: PLC0415 -- onnxruntime
-    from fedge.coordinator.testset import load_test_set  # noqa: PLC0415 -- as above
 
+    words = manifest.vocabulary
+    vocabulary = None if words is None else Vocabulary.decode(store.blobs.read(words.sha256))
     evaluator = Evaluator(
         manifest,
         store.blobs.read(manifest.graphs.eval.sha256),
-        load_test_set(settings.evaluation.path),
+        load_test_set(settings.evaluation.path, word_encoder(manifest, vocabulary)),
         threads=settings.evaluation.threads,
     )
 

@@ -11,29 +11,58 @@ from pathlib import Path
 import numpy as np
 
 from fedge.coordinator.datasets import IDX_ERRORS, Examples, mnist_split
-from fedge.schemas.errors import ConfigError
+from fedge.schemas.errors import ConfigError, StoreError
+from fedge.schemas.text_file import read_texts
+from fedge.schemas.words import WordEncoder
 
 IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
+TEXTS = (".jsonl", ".txt")
 
 
-def load_test_set(path: Path) -> Examples:
-    """The examples at `path`, raw as a device would have them.
+def check_test_set(path: Path) -> None:
+    """Raises `ConfigError` if there is nothing at `path`, or nothing that a test set can be.
 
-    An `.npz` file with arrays `x` and `y`; an IDX file of images (`…images-idx3-ubyte`) with its
-    labels (`…labels-idx1-ubyte`) beside it; or a folder that holds `MNIST/raw`, whose test half
-    is taken. Raises `ConfigError` saying what is missing or wrong.
+    Costs nothing: for the start, before a plan is compiled.
     """
     if path.is_dir():
         if not (path / "MNIST" / "raw").is_dir():
-            raise ConfigError(f"the folder {path} holds no MNIST/raw; name an .npz or IDX file")
-        return mnist_split(path, train=False)
-    if not path.is_file():
+            raise ConfigError(f"the folder {path} holds no MNIST/raw; name a file")
+    elif not path.is_file():
         raise ConfigError(f"the test set {path} does not exist")
+    elif path.suffix not in (".npz", *TEXTS) and not path.name.endswith(IMAGES):
+        raise ConfigError(
+            f"the test set {path} is neither .npz, nor .jsonl or .txt, nor …{IMAGES}, nor a folder"
+        )
+
+
+def load_test_set(path: Path, words: WordEncoder | None = None) -> Examples:
+    """The examples at `path`, raw as a device would have them.
+
+    An `.npz` file with arrays `x` and `y`; an IDX file of images (`…images-idx3-ubyte`) with its
+    labels (`…labels-idx1-ubyte`) beside it; a folder that holds `MNIST/raw`, whose test half is
+    taken; or texts (`.jsonl`, `.txt`), of which `words` makes windows where the plan is about
+    words. Raises `ConfigError` saying what is missing or wrong.
+    """
+    check_test_set(path)
+    if path.is_dir():
+        return mnist_split(path, train=False)
     if path.suffix == ".npz":
         return _load_npz(path)
-    if path.name.endswith(IMAGES):
-        return _load_idx(path, path.with_name(path.name.removesuffix(IMAGES) + LABELS))
-    raise ConfigError(f"the test set {path} is neither .npz, nor …{IMAGES}, nor a folder")
+    if path.suffix in TEXTS:
+        return _load_texts(path, words)
+    return _load_idx(path, path.with_name(path.name.removesuffix(IMAGES) + LABELS))
+
+
+def _load_texts(path: Path, words: WordEncoder | None) -> Examples:
+    if words is None:
+        raise ConfigError(f"the test set {path} holds texts, and the task is not about words")
+    try:
+        inputs, targets = words.windows(read_texts(path))
+    except StoreError as error:
+        raise ConfigError(f"the test set {error}") from error
+    if len(targets) == 0:
+        raise ConfigError(f"the test set {path} holds no two words after one another")
+    return Examples(inputs, targets)
 
 
 def _load_npz(path: Path) -> Examples:

@@ -16,12 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedge.edge_agent.agent import EdgeAgent
 from fedge.edge_agent.data.config import DataConfig, PartitionConfig
-from fedge.edge_agent.data.texts import texts_by_user
 from fedge.edge_agent.settings import Settings, load
 from fedge.edge_agent.trainer.process import Trainer
 from fedge.schemas.errors import ConfigError
 from fedge.schemas.ids import DeviceName
 from fedge.schemas.split_schemes import parse_scheme
+from fedge.schemas.text_file import texts_by_user
 
 CONFIG_FILE = "agent.toml"
 USERS = "users"

@@ -13,6 +13,7 @@ from torchvision.datasets import MNIST
 from fedge.coordinator.datasets import Examples, load_dataset
 from fedge.coordinator.testset import load_test_set
 from fedge.schemas.errors import ConfigError
+from fedge.schemas.words import Vocabulary, WordEncoder
 
 
 def idx_images(images):
@@ -169,3 +170,28 @@ def test_a_damaged_idx_file_is_refused(damage, tmp_path):
 def test_a_folder_without_mnist_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no MNIST"):
         load_test_set(tmp_path)
+
+
+def test_a_test_set_of_texts_is_windows_of_the_plans_words(tmp_path):
+    words = WordEncoder(Vocabulary(["see", "you", "soon"]), 4)
+    (tmp_path / "test.jsonl").write_text(
+        '{"text": "See you soon"}\n{"user": "b", "text": "you see"}\n'
+    )
+    found = load_test_set(tmp_path / "test.jsonl", words)
+    inputs, targets = words.windows(["See you soon", "you see"])
+    assert np.array_equal(found.x, inputs)
+    assert np.array_equal(found.y, targets)
+    (tmp_path / "test.txt").write_text("See you soon\nyou see\n")
+    assert np.array_equal(load_test_set(tmp_path / "test.txt", words).y, targets)
+
+
+def test_texts_are_no_test_set_of_a_task_without_words(tmp_path):
+    (tmp_path / "test.txt").write_text("See you soon\n")
+    with pytest.raises(ConfigError, match="not about words"):
+        load_test_set(tmp_path / "test.txt")
+
+
+def test_texts_without_a_word_are_no_test_set(tmp_path):
+    (tmp_path / "test.txt").write_text("!\n\n")
+    with pytest.raises(ConfigError, match="holds no"):
+        load_test_set(tmp_path / "test.txt", WordEncoder(Vocabulary(["see", "you"]), 4))

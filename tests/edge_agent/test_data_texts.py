@@ -9,8 +9,8 @@ import pytest
 
 from fedge.edge_agent.data.config import DataConfig, DataFormat, PartitionConfig
 from fedge.edge_agent.data.examples import count_examples, open_examples
-from fedge.edge_agent.data.texts import read_texts, texts_by_user
 from fedge.schemas.errors import ConfigError
+from fedge.schemas.text_file import read_texts, texts_by_user
 from fedge.schemas.words import Vocabulary, WordEncoder
 
 WORDS = WordEncoder(Vocabulary(["see", "you", "soon"]), 3)

@@ -17,10 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedge.edge_agent.cli import cli
-from fedge.edge_agent.data import texts
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.data.examples import open_examples
-from fedge.edge_agent.data.texts import read_texts, texts_by_user
 from fedge.edge_agent.fleet import (
     FILES_A_DEVICE,
     OTHER_FILES,
@@ -29,7 +27,9 @@ from fedge.edge_agent.fleet import (
     virtual_devices,
 )
 from fedge.edge_agent.settings import Settings
+from fedge.schemas import text_file
 from fedge.schemas.errors import ConfigError, StoreError
+from fedge.schemas.text_file import read_texts, texts_by_user
 from fedge.schemas.words import Vocabulary, WordEncoder
 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -168,9 +168,9 @@ def shared(tmp_path: Path) -> Path:
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Every line that was looked into."""
     seen: list[bytes] = []
-    parse = texts._parsed
+    parse = text_file._parsed
 
-    def parsed(where: str, line: bytes) -> texts.TextLine | None:
+    def parsed(where: str, line: bytes) -> text_file.TextLine | None:
         seen.append(line)
         return parse(where, line)
 

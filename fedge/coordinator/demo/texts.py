@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedge.coordinator.datasets import Examples
-from fedge.schemas.errors import ConfigError
+from fedge.schemas.errors import ConfigError, StoreError
+from fedge.schemas.text_file import read_lines
 from fedge.schemas.words import WordEncoder
 
 _HELD_OUT = 0.2
@@ -112,16 +113,12 @@ def _topics() -> dict[str, list[str]]:
 def _people(path: Path) -> dict[str, list[str]]:
     people: dict[str, list[str]] = {}
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    one = json.loads(line)
-                    user, text = str(one["user"]), str(one["text"])
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ConfigError(
-                        f'{path}:{number}: not of the form {{"user": …, "text": …}}: {error!r}'
-                    ) from error
-                people.setdefault(user, []).append(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        for line in read_lines(path):
+            if line.user is None:
+                raise ConfigError(
+                    f'{path}: a line has no "user": {{"user": …, "text": …}} is wanted'
+                )
+            people.setdefault(line.user, []).append(line.text)
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
     return people

@@ -24,13 +24,13 @@ from fedge.edge_agent.data.images import read_images
 from fedge.edge_agent.data.npz import choose_keys, read_array, read_length
 from fedge.edge_agent.data.partition import Indices, partition
 from fedge.edge_agent.data.table import Layout, count_rows, read_labels, read_table
-from fedge.edge_agent.data.texts import JSON_LINES, read_texts
 from fedge.edge_agent.example_limits import ExampleLimits
 from fedge.edge_agent.example_store import MAX_TEXTS, ExampleStore
 from fedge.edge_agent.example_text import Split
 from fedge.schemas.errors import ConfigError, StoreError
 from fedge.schemas.features import FeatureSpec, ImageFeatures
 from fedge.schemas.split_schemes import Scheme
+from fedge.schemas.text_file import JSON_LINES, read_texts
 from fedge.schemas.words import WordEncoder
 
 RawArray = npt.NDArray[Any]

@@ -52,6 +52,11 @@ def read_texts(path: Path, *, user: str | None = None) -> Iterator[str]:
                 yield line.rstrip("\n")
 
 
+def read_lines(path: Path) -> Iterator[TextLine]:
+    """The lines of a `.jsonl` file that are not blank, in order. Raises as `read_texts`."""
+    return (one for _, one in _json_lines(path))
+
+
 def texts_by_user(path: Path) -> dict[str, int]:
     """How many texts each user of a `.jsonl` file has, in order of their first text.
 
