@@ -93,7 +93,8 @@ def serve(config_path: Path) -> None:
     "--data",
     type=click.Path(path_type=Path),
     help="For MNIST: the folder that holds MNIST/raw, fetched into if it is not there; default: "
-    "FEDGE_DATA if set, else ~/.cache/fedge. For any other task: a folder with train.npz and "
+    "FEDGE_DATA if set, else ~/.cache/fedge. For next-word: a .jsonl file of "
+    '{"user": …, "text": …} lines. For any other task: a folder with train.npz and '
     "test.npz, or one .npz file of which a fifth is kept for the test.",
 )
 @click.option("--devices", type=click.IntRange(1, 200), help="How many agents. [the task's own]")

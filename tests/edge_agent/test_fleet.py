@@ -174,7 +174,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         seen.append(line)
         return parse(where, line)
 
-    monkeypatch.setattr(texts, "_parsed", parsed)
+    monkeypatch.setattr(text_file, "_parsed", parsed)
     return seen
 
 

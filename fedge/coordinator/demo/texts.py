@@ -115,9 +115,8 @@ def _people(path: Path) -> dict[str, list[str]]:
     try:
         for line in read_lines(path):
             if line.user is None:
-                raise ConfigError(
-                    f'{path}: a line has no "user": {{"user": …, "text": …}} is wanted'
-                )
+                raise ConfigError(f'{path}: a line is not of the form {{"user": …, "text": …}}')
+
             people.setdefault(line.user, []).append(line.text)
     except StoreError as error:
         raise ConfigError(str(error)) from error
