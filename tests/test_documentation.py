@@ -202,3 +202,15 @@ def test_every_test_that_the_guarantees_name_is_there() -> None:
     for path, name in named:
         source = (REPOSITORY / "tests" / path).read_text(encoding="utf-8")
         assert name == "" or f"def {name}(" in source, f"{path}::{name}"
+
+
+def test_the_files_of_a_keyboard_are_read_as_they_stand(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs" / "your-own-keyboard.md").read_text(encoding="utf-8")
+    for name, load in (("fedge.toml", load_coordinator), ("agent.toml", load_agent)):
+        [text] = re.findall(rf"```toml\n(# {name}\n.*?)```", page, re.DOTALL)
+        (tmp_path / name).write_text(text)
+        load(tmp_path / name)
+    agent = load_agent(tmp_path / "agent.toml")
+    assert agent.data is not None
+    assert agent.data.is_store
+    assert agent.apps.is_on
