@@ -30,7 +30,7 @@ from fedge.schemas.messages import VersionAnnouncement
 from fedge.schemas.topics import Topics
 
 TINY_TASK = f"{Path(__file__).parent / 'tiny_task.py'}:task"
-LIMIT_S = 60.0
+LIMIT_S = 150.0
 
 Examples = tuple[np.ndarray, np.ndarray]
 

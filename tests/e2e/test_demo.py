@@ -188,7 +188,9 @@ def test_a_program_that_dies_is_named_and_ends_everything(
     with started_demo(*ENDLESS, cwd=tmp_path) as demo:
         demo.read_until("started ")
         family = demo.family()
-        [target] = [one for one in family if one.cmdline()[-1].endswith(last_word)]
+        # One that has just ended has no command line any more.
+        lines = {one: one.cmdline() for one in family}
+        [target] = [one for one, line in lines.items() if line and line[-1].endswith(last_word)]
         target.kill()
         said = demo.read_rest()
         assert demo.process.returncode == 1

