@@ -81,6 +81,7 @@ def add(
         raise click.UsageError('say what to add: TEXT in quotes, "-" for lines, or --jsonl FILE')
     if user is not None and jsonl_path is None:
         raise click.UsageError("--user chooses lines of --jsonl FILE")
+    _warn_if_not_trained_on(config_path)
     source = "-" if jsonl_path is None else str(jsonl_path)
     name = "the input" if source == "-" else source
     places: list[str] = []
@@ -227,6 +228,20 @@ def _forget_all(config_path: Path) -> Forgotten:
         ExampleStore.remove(load(config_path).state_dir / FILE_NAME)
         with _store(config_path) as store:
             return store.forget_all()
+
+
+def _warn_if_not_trained_on(config_path: Path) -> None:
+    from fedge.edge_agent.example_store import FILE_NAME  # noqa: PLC0415 -- see the top
+    from fedge.edge_agent.settings import load  # noqa: PLC0415 -- see the top
+
+    settings = load(config_path)
+    kept, data = settings.state_dir / FILE_NAME, settings.data
+    if data is None or not data.is_store or data.path.resolve() != kept.resolve():
+        click.echo(
+            f"note: this device does not train on what is added: its [data] is not {kept} with "
+            'format = "store"',
+            err=True,
+        )
 
 
 @contextmanager

@@ -60,7 +60,10 @@ def write_unless_forgotten(
         with nothing_forgotten(data, limits, generation):
             for path, content in files.items():
                 with disk(f"write {path}"):
-                    path.write_bytes(content)
+                    # As private as the texts that it was learned from.
+                    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+                    with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
+                        file.write(content)
         for path in files:
             _sync(path)
     except BaseException:

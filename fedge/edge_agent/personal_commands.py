@@ -40,7 +40,8 @@ def personal() -> None:
 def status(config_path: Path, as_json: bool) -> None:
     """Say what answers, and what the last personal training came to.
 
-    Both models were measured on the same examples, which neither was trained on.
+    Both models were measured on the same examples, which neither was trained on; the one with the
+    lower loss answers, whatever became of the other measures.
     """
     settings, library = _opened(config_path)
     serving, record = library.serving(), library.personal.record()
@@ -155,6 +156,16 @@ def _as_dict(
     }
 
 
+def _not_yet(settings: Settings) -> str:
+    data, said = settings.data, "no personal training yet"
+    if settings.personalisation is None:
+        return said
+    if data is None or not (settings.examples.hold_out if data.is_store else data.hold_out):
+        table = "[examples]" if data is None or data.is_store else "[data]"
+        return f"{said}: nothing is held out to compare on; set hold_out in {table}"
+    return f"{said}: the agent's log says what it waits for (personal_waits)"
+
+
 def _lines(
     settings: Settings,
     serving: Active | None,
@@ -169,9 +180,11 @@ def _lines(
         answers = f"{whose} {serving.version}  {serving.model}"
     lines = [f"personal   {on}", f"answers    {answers}"]
     if record is None:
-        return [*lines, "last       no personal training yet"]
+        return [*lines, f"last       {_not_yet(settings)}"]
     when = datetime.fromtimestamp(record.at).astimezone().isoformat(" ", "seconds")
-    lines.append(f"last       version {record.version}: {record.outcome}, {when}")
+    outcome = {"better": "better by loss", "not better": "not better by loss"}
+    said = outcome.get(str(record.outcome), str(record.outcome))
+    lines.append(f"last       version {record.version}: {said}, {when}")
     if record.outcome == "failed":
         return [*lines, f"reason     {record.reason}"]
     lines.append(
@@ -181,5 +194,6 @@ def _lines(
     common, own = _measured(record.common, manifest), _measured(record.personal, manifest)
     if common is not None and own is not None:
         both = [name for name in common if name in own]
-        lines += [f"{name:<10} {common[name]:.4g} -> {own[name]:.4g}" for name in both]
+        width = max(10, *map(len, both))
+        lines += [f"{name:<{width}} {common[name]:.4g} -> {own[name]:.4g}" for name in both]
     return lines

@@ -37,7 +37,10 @@ print("held", flush=True); sys.stdin.readline()
 def config() -> Iterator[Path]:
     with quick_folder() as folder:
         path = folder / "agent.toml"
-        path.write_text('population = "p"\ndevice = "d"\nstate_dir = "state"\n')
+        path.write_text(
+            'population = "p"\ndevice = "d"\nstate_dir = "state"\n'
+            f'[data]\npath = "state/{FILE_NAME}"\nformat = "store"\n'
+        )
         yield path
 
 
@@ -296,3 +299,11 @@ def test_the_help_teaches() -> None:
         assert f"fedge-agent examples {command}" in whole
     assert str(MAX_TEXT_CHARS) in help_of("add")
     assert "Exit status" in help_of("forget")
+
+
+def test_what_is_added_where_nothing_trains_on_it_is_said(config: Path, ask: Ask) -> None:
+    assert "note" not in ask("add", "See you soon")[2]
+    config.write_text('population = "p"\ndevice = "d"\nstate_dir = "state"\n')
+    status, _, said = ask("add", "See you soon")
+    assert status == 0
+    assert "does not train on what is added" in said

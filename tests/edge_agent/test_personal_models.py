@@ -215,6 +215,7 @@ def test_a_start_clears_what_a_crash_left(models, tmp_path):
 @pytest.fixture
 def store_path(tmp_path, models) -> Path:
     path = tmp_path / FILE_NAME
+    (tmp_path / "agent.sqlite").write_bytes(b"")
     with ExampleStore(path) as store:
         store.add("my secret is here")
         store.add("see you soon")
@@ -242,6 +243,44 @@ def test_a_store_that_is_removed_unread_takes_it_too(models, store_path, tmp_pat
     keep(models, 3, b"w")
     ExampleStore.remove(store_path)
     assert files(tmp_path) == []
+
+
+def test_every_forget_takes_a_training_that_is_suspended_with_it(models, store_path, tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name in ("7.checkpoint", ".8.checkpoint.part", "notes"):
+        (folder / name).write_bytes(b"learned")
+    with ExampleStore(store_path) as store:
+        store.forget_ids([99])
+    assert [path.name for path in folder.iterdir()] == ["notes"]
+
+
+def strangers(folder: Path) -> list[Path]:
+    """Files of others, with names as ours or nearly."""
+    found = [folder / "personal.json", folder / "models" / "personal-report.txt"]
+    found += [folder / "models" / "personal-1-0123abcd.onnx", folder / "checkpoint/1.checkpoint"]
+    for path in found:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"mine")
+    return found
+
+
+def test_a_forget_deletes_nothing_where_no_agent_has_its_state(tmp_path):
+    found = strangers(tmp_path)
+    with ExampleStore(tmp_path / FILE_NAME) as store:
+        store.add("see you soon")
+        store.forget_all()
+    ExampleStore.remove(tmp_path / FILE_NAME)
+    assert [path for path in found if not path.exists()] == []
+
+
+def test_a_forget_in_an_agent_s_folder_deletes_nothing_that_is_not_named_as_the_agent_s(
+    models, store_path, tmp_path
+):
+    strangers(tmp_path)
+    with ExampleStore(store_path) as store:
+        store.forget_all()
+    assert files(tmp_path) == ["personal-report.txt"]
 
 
 def test_a_forget_that_cannot_remove_the_model_forgets_nothing_and_says_so(
@@ -275,10 +314,11 @@ def test_the_command_leaves_no_personal_model(models, store_path, tmp_path):
 def written(store_path: Path, generation: int | None, path: Path) -> None:
     data = DataConfig(path=store_path)
     write_unless_forgotten(data, DEFAULT_LIMITS, generation, {path: b"learned"})
+    assert path.stat().st_mode & 0o077 == 0
 
 
 def test_what_was_learned_from_a_forgotten_text_is_not_written(store_path, tmp_path):
-    path = tmp_path / "models" / ".personal-3-x.onnx.part"
+    path = tmp_path / "models" / ".personal-3-0123abcd.onnx.part"
     with ExampleStore(store_path) as store:
         generation = store.generation()
         written(store_path, generation, path)
@@ -296,7 +336,7 @@ def test_what_was_learned_from_a_forgotten_text_is_not_written(store_path, tmp_p
 
 def test_a_forget_waits_until_what_is_being_written_is_there_to_be_removed(store_path, tmp_path):
     """The moment between the look at the generation and the file."""
-    path = tmp_path / "models" / ".personal-3-x.onnx.part"
+    path = tmp_path / "models" / ".personal-3-0123abcd.onnx.part"
     with ExampleStore(store_path) as store:
         generation = store.generation()
 

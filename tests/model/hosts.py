@@ -29,7 +29,7 @@ from fedge.edge_agent.agent import EdgeAgent
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.engines import EngineName
 from fedge.edge_agent.outbox import Outbox
-from fedge.edge_agent.participation import ParticipationSettings
+from fedge.edge_agent.settings import Settings
 from fedge.edge_agent.trainer.jobs import (
     Activated,
     ActivateJob,
@@ -358,18 +358,15 @@ class DeviceHost(Host):
         def link(client_id: str, rng: random.Random, *, will: Will | None = None) -> Link:
             return process.link(client_id, will=will)
 
-        settings: Any = SimpleNamespace(
+        settings = Settings(
             population=POPULATION,
             device=self.name,
             state_dir=self.folder,
             engine=EngineName.ONNX,
-            broker=SimpleNamespace(link=link),
             data=DataConfig(path=self.folder / "examples.npz"),
-            trainer=SimpleNamespace(threads=1),
-            storage=SimpleNamespace(cache_limit_bytes=None),
-            eligibility=None,
-            participation=ParticipationSettings(),
         )
+        # The one thing that is not read from a file: who makes its links.
+        settings = settings.model_copy(update={"broker": SimpleNamespace(link=link)})
         self.agent = EdgeAgent(
             settings,
             Learner(self, self.done, self.beginning, self.failed),
