@@ -13,7 +13,7 @@ choose by and never looks at the test.
                  the best validation
     own n-gram   the same, each device with its own texts only
     central      everybody's texts, pooled, with Adam: what adaptive rates reach in one place
-    central SGD  the same with the training step that the devices have
+    central_sgd  the same with the training step that the devices have; only if asked for
     federated    that step on the devices, weighted means, a server optimizer, which may adapt
     personal     each device trains the federated weights on for itself, and keeps the copy if that
                  is better on its own validation part
@@ -66,7 +66,7 @@ from fedge.schemas.tensors import Tensors
 from fedge.schemas.text_file import TextLine
 from fedge.schemas.words import Vocabulary, WordEncoder
 
-METHODS = ("ngram", "central", "central_sgd", "federated", "personal")
+METHODS = ("ngram", "central", "federated", "personal")
 NGRAM_ORDERS = (2, 3, 4, 5)
 
 
@@ -114,7 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     folder = os.environ.get("FEDGE_DATA")
     add("--data", type=Path, default=Path(folder or ".") / "sms" / "messages.jsonl")
-    add("--methods", type=lambda text: tuple(text.split(",")), default=METHODS)
+    add(
+        "--methods",
+        type=lambda text: tuple(text.split(",")),
+        default=METHODS,
+        help="of these and central_sgd; default: %(default)s",
+    )
     add("--devices", type=int, help="the first so many users; default: all")
     add("--messages", type=int, help="the last so many of each user; default: all")
     add("--words", type=int, default=2000, help="in the vocabulary")
@@ -137,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     rate = "share of the learning rate in the last pass, to which it falls by equal factors"
     add("--central-last-pass", type=float, default=0.05, help=rate)
-    add("--last-pass", type=float, default=1.0, help=f"{rate}, on the devices")
+    add("--last-pass", type=float, default=0.1, help=f"{rate}, on the devices")
+    add("--steady-passes", type=int, default=9, help="before the devices' rate begins to fall")
     add("--server-last-pass", type=float, default=0.05, help=f"{rate}, of the server optimizer")
     add("--personal-learning-rate", type=float, default=0.2)
     add("--personal-epochs", type=int, default=10, help="at most")
@@ -302,7 +308,7 @@ class Experiment:
         specs = self.trainer.manifest.weights
 
         def one_pass(weights: Tensors, state: Tensors, number: int) -> tuple[Tensors, Tensors]:
-            slower = self._slowed(how, number, options.last_pass)
+            slower = self._slowed(how, number, options.last_pass, options.steady_passes)
             rate = decay(number, options.passes, options.server_last_pass)
             optimizer = server_optimizer(slowed(options.server_optimizer, rate), specs)
             server = Server(options.cohort, optimizer, options.seed)
@@ -310,9 +316,9 @@ class Experiment:
 
         return one_pass, server_optimizer(options.server_optimizer, specs).init()
 
-    def _slowed(self, how: Local, number: int, last: float) -> Local:
+    def _slowed(self, how: Local, number: int, last: float, steady: int = 1) -> Local:
         """How pass `number` trains, the rate in the last pass being `last` of the first's."""
-        rate = how.learning_rate * decay(number, self.options.passes, last)
+        rate = how.learning_rate * decay(number, self.options.passes, last, steady)
         return replace(how, learning_rate=rate)
 
     def _key(self, method: str) -> str:
@@ -329,16 +335,19 @@ class Experiment:
             ),
             "federated": (
                 "learning_rate", "batch_size", "local_steps", "cohort", "server_optimizer",
-                "last_pass", "server_last_pass",
+                "last_pass", "server_last_pass", "steady_passes",
             ),
         }[method]  # fmt: skip
         facts = {name: _plain(getattr(self.options, name)) for name in (*every, *mine)}
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:10]
 
 
-def decay(number: int, of: int, last: float) -> float:
-    """Of a learning rate in pass `number` of so many: from 1 by equal factors down to `last`."""
-    return 1.0 if of == 1 else last ** ((number - 1) / (of - 1))
+def decay(number: int, of: int, last: float, steady: int = 1) -> float:
+    """Of a learning rate in pass `number` of so many.
+
+    It is 1 for `steady` passes, and then falls by equal factors down to `last`.
+    """
+    return last ** ((number - steady) / (of - steady)) if number > steady else 1.0
 
 
 def slowed(config: ServerOptimizerConfig, share: float) -> ServerOptimizerConfig:

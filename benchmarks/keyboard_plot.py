@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
 COLOURS = {
-    "ngram": "#000000", "own_ngram": "#999999", "central": "#D55E00",
+    "ngram": "#000000", "own_ngram": "#999999", "central": "#D55E00", "central_sgd": "#E69F00",
     "federated": "#0072B2", "personal": "#009E73",
 }  # fmt: skip
 NAMES = {
-    "ngram": "n-gram, central", "own_ngram": "n-gram, own texts", "central": "central",
-    "federated": "federated", "personal": "federated + personal",
+    "ngram": "n-gram, central", "own_ngram": "n-gram, own texts", "central": "central, Adam",
+    "central_sgd": "central, SGD", "federated": "federated", "personal": "federated + personal",
 }  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
 
 
 def _learned(axes: Axes, methods: Mapping[str, Any]) -> None:
-    for method, marker in (("central", "s"), ("federated", "o")):
+    for method, marker in (("central", "s"), ("central_sgd", "^"), ("federated", "o")):
         if method in methods:
             curve = methods[method]["curve"]
             passes = [point["passes"] for point in curve]

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedge.coordinator.server_optimizer import SgdConfig, server_optimizer
+from fedge.coordinator.server_optimizer import AdamConfig, SgdConfig, server_optimizer
+from fedge.coordinator.tasks.next_word import even_cross_entropy, words_cross_entropy
 from fedge.edge_agent.data.examples import Examples
 from fedge.schemas.words import Vocabulary
 from tests.coordinator.plans import plan_named
@@ -27,6 +29,7 @@ import keyboard  # noqa: E402 -- the benchmarks are programs, not a package
 import keyboard_course as courses  # noqa: E402 -- as above
 import keyboard_learning as learning  # noqa: E402 -- as above
 import keyboard_ngram as ngrams  # noqa: E402 -- as above
+import keyboard_report as reports  # noqa: E402 -- as above
 
 WORDS = Vocabulary(["the", "a", "cat", "dog", "sat", "ran", "on", "mat"])
 TEXTS = ["The cat sat on the mat. A dog ran.", "the cat ran", "the dog sat on a cat"]
@@ -153,6 +156,45 @@ def test_learning_rates_fall_by_equal_factors_from_the_first_pass_to_the_last() 
     factors = [keyboard.decay(number, 3, 0.01) for number in (1, 2, 3)]
     assert factors == pytest.approx([1, 0.1, 0.01])
     assert keyboard.decay(1, 1, 0.1) == 1
+    held = [keyboard.decay(number, 4, 0.01, steady=2) for number in (1, 2, 3, 4)]
+    assert held == pytest.approx([1, 1, 0.1, 0.01])
+
+
+@pytest.mark.e2e  # it compiles a plan, which takes some seconds
+def test_a_slower_server_optimizer_moves_by_that_share_and_remembers_the_same() -> None:
+    plan, share = plan_named("toy-linear"), 0.25
+    config = AdamConfig(name="adam", learning_rate=0.05)
+    delta = {name: np.ones_like(value) for name, value in plan.initial_weights.items()}
+    moved, moments = {}, {}
+    for part in (1.0, share):
+        optimizer = server_optimizer(keyboard.slowed(config, part), plan.manifest.weights)
+        moved[part], moments[part] = optimizer.apply(plan.initial_weights, delta, optimizer.init())
+    for name, start in plan.initial_weights.items():
+        np.testing.assert_allclose(
+            moved[share][name] - start, share * (moved[1.0][name] - start), atol=1e-6
+        )
+    assert all(np.array_equal(moments[1.0][name], moments[share][name]) for name in moments[1.0])
+
+
+def test_the_share_of_central_is_that_of_the_better_central_training() -> None:
+    def one(top1, last):
+        return {"top1": top1, "at_last_pass": {"top1": last}}
+
+    found = {"central": one(0.08, 0.1), "central_sgd": one(0.1, 0.05), "federated": one(0.09, 0.05)}
+    assert reports.of_central(found, "top1") == pytest.approx(0.9)
+    assert reports.of_central(found, "top1", "at_last_pass") == pytest.approx(0.5)
+
+
+def test_in_an_even_loss_a_word_weighs_the_same_in_a_short_sentence_as_in_a_long_one() -> None:
+    known, window = 3, 4  # 3 is the first number of a word; 0 is no word, 1 an unknown one
+    scores = torch.zeros(3, window, 6)
+    target = torch.tensor([[known] * 4, [known, 0, 0, 0], [1, 0, 0, 0]])
+    four, one, none = even_cross_entropy(scores, target).tolist()
+    assert four == pytest.approx(np.log(6))
+    assert one == pytest.approx(np.log(6) / window)
+    assert none == 0
+    alike = words_cross_entropy(scores, target).tolist()
+    assert alike == pytest.approx([np.log(6), np.log(6), 0])
 
 
 def test_texts_that_somebody_had_before_are_not_fresh() -> None:
@@ -205,7 +247,7 @@ def test_the_benchmark_compares_equal_passes_and_reports_every_device(data_dir, 
         "--data": data_dir / "sms" / "messages.jsonl", "--devices": 3, "--messages": 60,
         "--words": 200, "--cells": 8, "--dimensions": 4, "--window": 3, "--passes": 2,
         "--cohort": 2, "--personal-epochs": 1, "--out": tmp_path / "out", "--json": report,
-        "--plot": picture,
+        "--plot": picture, "--methods": "ngram,central,central_sgd,federated,personal",
     }  # fmt: skip
     arguments = [str(part) for option in options.items() for part in option]
     done = subprocess.run(
@@ -217,12 +259,17 @@ def test_the_benchmark_compares_equal_passes_and_reports_every_device(data_dir, 
     found = json.loads(report.read_text())
     windows = found["data"]["training_windows"]
     methods = found["methods"]
-    assert list(methods) == ["ngram", "own_ngram", "central", "federated", "personal"]
-    assert methods["central"]["windows_trained"] == 2 * windows
+    assert list(methods) == [
+        "ngram", "own_ngram", "central", "central_sgd", "federated", "personal",
+    ]  # fmt: skip
+    for method in ("central", "central_sgd"):
+        assert methods[method]["windows_trained"] == 2 * windows
     # Each device leaves out less than a batch of 8.
     assert 2 * (windows - 3 * 8) < methods["federated"]["windows_trained"] <= 2 * windows
-    for method in ("central", "federated"):
+    for method in ("central", "central_sgd", "federated"):
         assert [point["passes"] for point in methods[method]["curve"]] == [0, 1, 2]
+        of_last = methods[method]["best_passes"] == 2
+        assert (methods[method]["at_last_pass"]["top3"] == methods[method]["top3"]) or not of_last
     assert all(0 <= one["top1"] <= one["top3"] <= 1 for one in methods.values())
     devices = methods["personal"]["devices"]
     assert len(devices) == found["data"]["devices"] == 3

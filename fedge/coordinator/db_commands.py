@@ -277,7 +277,8 @@ def _show_checkup(found: Checkup) -> None:
         "free": _mib(found.free_bytes),
         "to be freed": f"{_mib(would.bytes_freed)}: files of {would.versions} versions and "
         f"leftovers ({would.blobs} files), details of {would.rounds} rounds, {would.devices} "
-        f"devices, {would.evaluations} evaluations",
+        f"devices, {would.evaluations} evaluations, {would.rollouts} rollouts, "
+        f"{would.word_counts} word counts",
     }.items():
         click.echo(f"{name:<12}{value}")
     for problem in found.problems:

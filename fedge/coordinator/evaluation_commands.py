@@ -17,7 +17,7 @@ import click
 
 from fedge.coordinator.command_options import config_option, json_option
 from fedge.coordinator.db_commands import open_store
-from fedge.coordinator.running import coordinator_of, tell_to_look
+from fedge.coordinator.running import coordinator_of, reachable_coordinator, tell_to_look
 from fedge.schemas.errors import ConfigError, StoreUnavailable
 from fedge.schemas.process import EXIT_FAILED
 
@@ -65,14 +65,15 @@ def evaluate(
     else. Shown are the mean over all examples, how the devices differ, and the worst of them.
 
     The coordinator has to run: start `fedge serve` first. Evaluations take turns, and rounds go on
-    meanwhile. Ctrl-C stops the waiting, not the evaluation: see `fedge evaluation list`.
+    meanwhile. A version of an earlier plan ([export] quantization was changed since) cannot be
+    measured. Ctrl-C stops the waiting, not the evaluation: see `fedge evaluation list`.
     """
     from fedge.coordinator import evaluation_reports  # noqa: PLC0415 -- see the top of the file
     from fedge.coordinator.settings import load  # noqa: PLC0415 -- as above
 
     settings = load(config_path)
     with open_store(settings) as store:
-        if coordinator_of(settings.state_dir) is None:
+        if reachable_coordinator(settings.state_dir) is None:
             raise ConfigError(
                 f"no coordinator serves {settings.state_dir}: start `fedge serve`, which asks the "
                 "devices"

@@ -9,8 +9,7 @@ what the sums say is `fleet_measures`' business. Rounds go on beside it and do n
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from fedge.coordinator import evaluations
@@ -33,11 +32,12 @@ from fedge.schemas.errors import (
 )
 from fedge.schemas.logs import EventLog
 from fedge.schemas.messages import EvaluationRequest, EvaluationResult, EvaluationStatus
+from fedge.schemas.plan import PlanManifest
 
 log = EventLog(__name__)
 
 LOOK_SOON_S = 1.0
-"""Who came and who went is looked at together, so often at the most."""
+"""Who came, who went and who answered is looked at together, so often at the most."""
 REFUSED_AGAIN_S = 5.0
 """Weights that the broker or the disk refused are brought again after so long."""
 
@@ -47,7 +47,8 @@ class _UnderWay:
     """The evaluation of this moment.
 
     `begun`: its weights are on their way to the broker; `ready`: they have been there. `look_at`:
-    when it is looked at who is here, None if nobody came or went.
+    when it is looked at who is here, None if nobody came, went or answered. `heard`: the durable
+    answers since the last look; `heard_wanted` of them are such as are wanted.
     """
 
     state: Evaluation
@@ -55,17 +56,19 @@ class _UnderWay:
     begun: bool = False
     ready: bool = False
     look_at: float | None = None
+    heard: dict[str, EvaluationStatus] = field(default_factory=dict)
+    heard_wanted: int = 0
 
 
 class EvaluationDesk:
-    """The evaluations of one population. `metrics`: the names of its plan's sums."""
+    """The evaluations of one population, whose plan `manifest` is."""
 
     def __init__(
         self,
         *,
         store: Store,
         plan: BlobRef,
-        metrics: Collection[str],
+        manifest: PlanManifest,
         distribution: Distribution,
         succession: Succession,
         journal: Journal,
@@ -74,7 +77,7 @@ class EvaluationDesk:
     ) -> None:
         self._store = store
         self._plan = plan
-        self._metrics = frozenset(metrics)
+        self._manifest = manifest
         self._distribution = distribution
         self._succession = succession
         self._journal = journal
@@ -132,14 +135,13 @@ class EvaluationDesk:
         """The clock may have reached `next_deadline`."""
         due = self.next_deadline
         if due is not None and self._around.clock() >= due:
-            self._feed(evaluations.Looked(self._online()))
+            self._look()
 
     def presence_changed(self) -> None:
         """Somebody came or went."""
         now = self._under_way
-        if now is not None and now.look_at is None:
-            now.look_at = self._around.clock() + LOOK_SOON_S
-            self._around.wake()
+        if now is not None:
+            self._look_soon(now)
 
     def reconnected(self) -> None:
         """The broker may have lost what it kept."""
@@ -163,7 +165,7 @@ class EvaluationDesk:
                 RejectReason.NOT_IN_COHORT,
                 f"{device} was not asked in evaluation {now.state.number}",
             )
-        if device in now.state.answered:
+        if device in now.heard or now.state.has_answered(device):
             return
         try:
             self._check(result, now.state)
@@ -238,7 +240,7 @@ class EvaluationDesk:
                 return
             else:
                 now.ready = True
-                self._feed(evaluations.Looked(self._online()))
+                self._look()
                 return
 
     # ------------------------------------------------------------ carrying out
@@ -248,11 +250,20 @@ class EvaluationDesk:
         known = now is not None and now.ready and self._around.all_known()
         return self._around.online() if known else None
 
-    def _feed(self, event: evaluations.Event) -> None:
+    def _look_soon(self, now: _UnderWay) -> None:
+        if now.look_at is None:
+            now.look_at = self._around.clock() + LOOK_SOON_S
+            self._around.wake()
+
+    def _look(self) -> None:
         now = self._under_way
         if now is None:
             return
-        now.look_at = None
+        online = self._online()
+        event: evaluations.Event = (
+            evaluations.Answered(now.heard, online) if now.heard else evaluations.Looked(online)
+        )
+        now.look_at, now.heard, now.heard_wanted = None, {}, 0
         now.state, commands = evaluations.step(now.state, event, self._around.clock())
         self._around.wake()
         number = now.state.number
@@ -294,10 +305,15 @@ class EvaluationDesk:
                 f"version {result.number}; the evaluation is of version {state.version}",
             )
         for sums in (result.sums, result.personal):
-            if sums is not None and sums.metrics.keys() != self._metrics:
+            if sums is None:
+                continue
+            if sums.metrics.keys() != set(self._manifest.metrics):
                 raise PeerError(
                     RejectReason.INVALID_FIELD, "the sums are not those that the plan names"
                 )
+            why = self._manifest.impossible(sums.metrics, sums.rows)
+            if why is not None:
+                raise PeerError(RejectReason.INVALID_FIELD, f"nobody can have measured this: {why}")
         personal, own = result.personal, result.sums
         if personal is not None and own is not None and personal.rows != own.rows:
             raise PeerError(
@@ -320,8 +336,16 @@ class EvaluationDesk:
             device=device,
             status=result.status.value,
         )
-        if self.number == result.evaluation:
-            self._feed(evaluations.Answered(device, result.status, self._online()))
+        now = self._under_way
+        if now is None or now.state.number != result.evaluation or device in now.heard:
+            return
+        now.heard[device] = result.status
+        now.heard_wanted += evaluations.counts(result.status)
+        # Who is here matters if answers are missing, and then it takes its time in a large fleet.
+        if now.heard_wanted >= now.state.missing:
+            self._look()
+        else:
+            self._look_soon(now)
 
     # ------------------------------------------------------------ the end
 

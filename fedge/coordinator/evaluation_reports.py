@@ -6,7 +6,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
-from fedge.coordinator.fleet_measures import QUANTILES, FleetMeasures, Gain, Measure
+from fedge.coordinator.fleet_measures import (
+    BEYOND_REASON,
+    QUANTILES,
+    FleetMeasures,
+    Gain,
+    Measure,
+)
 from fedge.coordinator.reports import console, plain_table, print_json, utc_time
 from fedge.coordinator.store import EvaluationRecord, EvaluationReport
 from fedge.schemas.measures import measure_text
@@ -62,6 +68,12 @@ def show_evaluation(report: EvaluationReport, measures: FleetMeasures, *, as_jso
     if measures.gains:
         console.print()
         _show_gains(measures.gains)
+    if measures.beyond_reason:
+        console.print()
+        console.print(
+            f"left out: measures of {measures.beyond_reason} devices beyond {BEYOND_REASON:g}, "
+            "which nobody can have found"
+        )
     _show_silent(report)
 
 
@@ -135,6 +147,7 @@ def _show_gains(gains: Sequence[Gain]) -> None:
         size = measure_text(gain.name, abs(gain.mean_difference))
         table.add_row(gain.name, str(gain.devices), f"{sign}{size}", f"{gain.better:.0%}")
     console.print(table)
+    console.print("copies are kept for winning on the same hold-out: their gain looks too large")
 
 
 def _show_silent(report: EvaluationReport) -> None:

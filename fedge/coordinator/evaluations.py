@@ -79,6 +79,15 @@ class Evaluation:
         """Whoever has said something, be it that it has nothing to say."""
         return self.measured | self.without | self.failed
 
+    def has_answered(self, device: str) -> bool:
+        """Whether it is in `answered`, however many are."""
+        return device in self.measured or device in self.without or device in self.failed
+
+    @property
+    def missing(self) -> int:
+        """Answers that are still wanted."""
+        return self.wanted - len(self.measured) - len(self.failed)
+
     @property
     def waiting(self) -> frozenset[str]:
         """Who was asked and has not answered."""
@@ -105,10 +114,12 @@ class Looked:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A device's answer is durable. `online` as in `Looked`."""
+    """Answers are durable, together with which it is looked who is here. `online` as in `Looked`.
 
-    device: str
-    status: EvaluationStatus
+    Many at once, because what follows from them takes as long as the fleet is large.
+    """
+
+    answers: Mapping[str, EvaluationStatus]
     online: frozenset[str] | None
 
 
@@ -200,25 +211,33 @@ def step(state: Evaluation, event: Event, now: float) -> Step:
     if state.closed:
         return state, ()
     if isinstance(event, Answered):
-        if event.device not in state.waiting:
-            return state, ()
-        state = _with_answer(state, event)
+        state = _with_answers(state, event.answers)
     return _go_on(state, event.online, now)
 
 
-def _with_answer(state: Evaluation, event: Answered) -> Evaluation:
-    one = frozenset({event.device})
-    match event.status:
-        case EvaluationStatus.OK:
-            return replace(state, measured=state.measured | one)
-        case EvaluationStatus.NO_HOLD_OUT:
-            return replace(state, without=state.without | one)
-        case EvaluationStatus.FAILED:
-            return replace(state, failed=state.failed | one)
+def counts(status: EvaluationStatus) -> bool:
+    """Whether such an answer is one of those that are wanted."""
+    return status is not EvaluationStatus.NO_HOLD_OUT
+
+
+def _with_answers(state: Evaluation, answers: Mapping[str, EvaluationStatus]) -> Evaluation:
+    def those(wanted: EvaluationStatus) -> frozenset[str]:
+        return frozenset(
+            device
+            for device, status in answers.items()
+            if status is wanted and device in state.asked and not state.has_answered(device)
+        )
+
+    return replace(
+        state,
+        measured=state.measured | those(EvaluationStatus.OK),
+        without=state.without | those(EvaluationStatus.NO_HOLD_OUT),
+        failed=state.failed | those(EvaluationStatus.FAILED),
+    )
 
 
 def _go_on(state: Evaluation, online: frozenset[str] | None, now: float) -> Step:
-    if len(state.measured) + len(state.failed) >= state.wanted:
+    if state.missing <= 0:
         return _close(state, ENOUGH)
     if now >= state.until:
         return _close(state, DEADLINE)
@@ -251,7 +270,7 @@ def _away_since(state: Evaluation, online: frozenset[str], now: float) -> float 
 
 def _ask_more(state: Evaluation, online: frozenset[str], now: float) -> Step:
     counted_on = (state.waiting & online) - state.slow
-    short = state.wanted - len(state.measured) - len(state.failed) - len(counted_on)
+    short = state.missing - len(counted_on)
     if short <= 0:
         return state, ()
     # By the seed and who was asked: the same choice after a restart, and on paper.

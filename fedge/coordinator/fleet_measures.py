@@ -3,7 +3,8 @@
 A mean over all examples says how good a version is for the examples, not for the people: a few
 devices with many examples may hide that it is of no use to a tenth of all. So beside the weighted
 mean stand the quantiles over devices, each of which counts once. Pure: sums of devices and the
-plan's manifest in, figures out.
+plan's manifest in, figures out. A device may say what it likes: what is beyond all reason is left
+out, so that no figure is infinite or not a number, and it is told of how many devices.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ QUANTILES = {
     "max": 1.0,
 }
 MOST_BINS = 10
+BEYOND_REASON = 1e12
+"""No device's measure is further from 0. Sums of a million of these, and squares, are finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,10 @@ class Gain:
 
 @dataclass(frozen=True, slots=True)
 class FleetMeasures:
-    """What an evaluation found. `by_device`: the worst first, by their loss."""
+    """What an evaluation found. `by_device`: the worst first, by their loss.
+
+    `beyond_reason`: of so many devices a measure was left out because it is.
+    """
 
     devices: int
     examples: int
@@ -93,24 +99,33 @@ class FleetMeasures:
     measures: tuple[Measure, ...]
     by_device: tuple[DeviceMeasures, ...]
     gains: tuple[Gain, ...]
+    beyond_reason: int = 0
 
 
 def fleet_measures(manifest: PlanManifest, answers: Sequence[EvaluationAnswer]) -> FleetMeasures:
     """The figures of all devices that measured. Those that did not are left out."""
     own = {one.device: one.sums for one in answers if one.sums is not None}
-    found = {device: _measures(manifest, sums) for device, sums in own.items()}
-    personal = {
-        one.device: _measures(manifest, one.personal)
+    personal_sums = {
+        one.device: one.personal
         for one in answers
         if one.personal is not None and one.device in own
     }
-    together = _together(manifest, list(own.values()))
+    said = {device: _measures(manifest, sums) for device, sums in own.items()}
+    said_personal = {device: _measures(manifest, sums) for device, sums in personal_sums.items()}
+    found = {device: _within_reason(measures) for device, measures in said.items()}
+    personal = {device: _within_reason(measures) for device, measures in said_personal.items()}
+    spoilt = {device for device in said if found[device] != said[device]}
+    spoilt_personal = {one for one in said_personal if personal[one] != said_personal[one]}
+    # What is left out of the devices is left out of their sums, too.
+    together = _within_reason(
+        _together(manifest, [sums for device, sums in own.items() if device not in spoilt])
+    )
     names = (LOSS, *manifest.measures)
     measures = (
         _measure(manifest, name, together, [one[name] for one in found.values() if name in one])
         for name in names
     )
-    worst_first = sorted(own, key=lambda device: (-found[device][LOSS], device))
+    worst_first = sorted(own, key=lambda device: (-found[device].get(LOSS, math.inf), device))
     gains = (_gain(manifest, name, found, personal) for name in names)
     return FleetMeasures(
         devices=len(own),
@@ -122,6 +137,7 @@ def fleet_measures(manifest: PlanManifest, answers: Sequence[EvaluationAnswer]) 
             for device in worst_first
         ),
         gains=tuple(gain for gain in gains if gain is not None),
+        beyond_reason=len(spoilt | spoilt_personal),
     )
 
 
@@ -132,6 +148,11 @@ def lower_is_better(manifest: PlanManifest, name: str) -> bool:
 
 def _measures(manifest: PlanManifest, sums: EvaluationSums) -> dict[str, float]:
     return {LOSS: sums.loss_sum / sums.rows, **manifest.measured(sums.metrics, sums.rows)}
+
+
+def _within_reason(measures: Mapping[str, float]) -> dict[str, float]:
+    # Written so that what is no number is left out as well.
+    return {name: value for name, value in measures.items() if abs(value) <= BEYOND_REASON}
 
 
 def _together(manifest: PlanManifest, every: Sequence[EvaluationSums]) -> dict[str, float]:

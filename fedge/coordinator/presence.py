@@ -49,6 +49,7 @@ class PresenceDesk:
         self._clock = clock
         self._wake = wake
         self._settles_at: float | None = None
+        self._has_called_roll = False
 
     def recover(self, online: Iterable[str]) -> None:
         """Begins with those who were online when the coordinator last knew."""
@@ -71,6 +72,11 @@ class PresenceDesk:
         thousand devices within seconds; the first hundred of them are not the fleet.
         """
         return self._settles_at is None or self._clock() >= self._settles_at
+
+    @property
+    def has_called_roll(self) -> bool:
+        """Whether anybody was asked in this life: before that, only the store knows devices."""
+        return self._has_called_roll
 
     @property
     def next_deadline(self) -> float | None:
@@ -112,6 +118,7 @@ class PresenceDesk:
         spread_s = max(1.0, len(self._attendance) / self._answers_per_s)
         self._attendance.call_roll(ends_at=self._clock() + spread_s + ROLL_GRACE_S)
         self._settles_at = self._clock() + QUIET_S
+        self._has_called_roll = True
         self._wake()
         await self._control.subscribe(*self._topics.coordinator_control)
         await self._publisher.call_roll(spread_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -230,8 +231,8 @@ def _or_dash(value: object) -> str:
 
 
 def print_json(record: object) -> None:
-    """Records as JSON, field by field."""
-    print(json.dumps(_plain(record), indent=2))  # noqa: T201 -- the command's output
+    """Records as JSON, field by field. What is no number or infinite is null: JSON has neither."""
+    print(json.dumps(_plain(record), indent=2, allow_nan=False))  # noqa: T201 -- the command's output
 
 
 def _plain(value: object) -> Any:
@@ -240,7 +241,7 @@ def _plain(value: object) -> Any:
         return {field.name: _plain(getattr(value, field.name)) for field in fields}
     match value:
         case BaseModel():
-            return value.model_dump(mode="json")
+            return _plain(value.model_dump(mode="json"))
         case Enum():
             return value.value
         case Mapping():
@@ -248,4 +249,4 @@ def _plain(value: object) -> Any:
         case list() | tuple():
             return [_plain(one) for one in value]
         case _:
-            return value
+            return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -390,7 +390,8 @@ def _fill(target: Database, fresh: Path, aside: str | None) -> None:
 def _alone_in(state_dir: Path) -> Iterator[None]:
     """No coordinator serves meanwhile."""
     try:
-        lock = StateLock(state_dir, "coordinator")
+        # Nobody must take it for a coordinator, and send it what ends a program without a handler.
+        lock = StateLock(state_dir, "restore", serves=False)
     except ConfigError as error:
         holder = StateLock.holder(state_dir)
         if holder is None:

@@ -97,8 +97,10 @@ def status(number: int | None, config_path: Path, as_json: bool) -> None:
         found = rollout_reports.RolloutReport.of(
             store,
             record,
+            population=settings.population,
             mode=settings.rollout.mode,
             running=StateLock.holder(settings.state_dir) is not None,
+            now=time.time(),
         )
     rollout_reports.show(found, as_json=as_json)
 

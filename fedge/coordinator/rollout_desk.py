@@ -18,7 +18,8 @@ from typing import Any
 from fedge.coordinator import rollouts
 from fedge.coordinator.distribution import Distribution
 from fedge.coordinator.publisher import Publisher, plan_blobs
-from fedge.coordinator.rollouts import Looked, Phase, Rollout, ServingMode, Wished
+from fedge.coordinator.rollout_fleet import KnownDevice, RolloutFleet
+from fedge.coordinator.rollouts import Fleet, Looked, Phase, Rollout, ServingMode, Wished
 from fedge.coordinator.store import RolloutRecord, Store, Terms, VersionRecord
 from fedge.coordinator.workers import Workers
 from fedge.schemas.blobs import BlobRef
@@ -46,12 +47,12 @@ log = EventLog(__name__)
 
 LOOK_S = 10.0
 """While a rollout is under way, the fleet is looked at so often."""
+LEARN_S = 1.0
+"""And so often while the roll is called."""
 GATHER_S = 0.2
 """Reports that come within so long are looked at together."""
 KEEP_S = 10.0
 """Time that a stage has soaked is written down at least so often."""
-RECENT_S = 86400.0
-"""A device that was not seen for longer is not waited for."""
 TOLD = "rollout_told"
 """The note that says that announcements of rollouts may lie on the broker."""
 
@@ -89,21 +90,22 @@ class _Version:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What the store says. `counts`: of the newest rollout; `devices`: that are waited for."""
+    """What the store says. `counts`: of the newest rollout, while it is open; `devices`: all."""
 
     stable: _Version
     newest: RolloutRecord | None = None
     candidate: _Version | None = None
     counts: tuple[int, int] = (0, 0)
-    devices: tuple[str, ...] = ()
+    devices: tuple[KnownDevice, ...] = ()
 
 
 class RolloutDesk:
     """The rollouts of one population.
 
     `terms`: what a rollout that begins by itself begins with. `newest`: the newest version.
-    `publish`: has everything published, soon. `clock`: monotonic seconds; `wall_clock`: seconds
-    since the epoch.
+    `publish`: has everything published, soon. `all_known`: whether the roll was called in this life
+    and everybody is known who will be; no rollout reaches further before. `clock`: monotonic
+    seconds; `wall_clock`: seconds since the epoch.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class RolloutDesk:
         publisher: Publisher,
         newest: Callable[[], VersionRecord],
         publish: Callable[[], None],
+        all_known: Callable[[], bool],
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
     ) -> None:
@@ -130,6 +133,7 @@ class RolloutDesk:
         self._publisher = publisher
         self._newest = newest
         self._publish = publish
+        self._all_known = all_known
         self._clock = clock
         self._wall_clock = wall_clock
         self._due = asyncio.Event()
@@ -139,7 +143,8 @@ class RolloutDesk:
         self._said: tuple[StableAnnouncement, CandidateAnnouncement] | None = None
         self._noted = False
         self._versions: dict[int, _Version] = {}
-        self._places: tuple[int, dict[str, float]] = (0, {})
+        self._fleet: RolloutFleet | None = None
+        self._listens_since: float | None = None
 
     @property
     def is_staged(self) -> bool:
@@ -160,8 +165,8 @@ class RolloutDesk:
     async def count(self, device: str, report: TrialReport) -> TrialCounted:
         """Keeps what a device reported, once, and returns the answer to it.
 
-        Raises `PeerError` (not_in_cohort) for a rollout that does not reach the device, and
-        `StoreUnavailable`: then the device says it again.
+        Raises `PeerError` (not_in_cohort) for a rollout that does not reach the device and for a
+        name that nobody was born with, and `StoreUnavailable`: then the device says it again.
         """
         at = self._wall_clock()
 
@@ -173,6 +178,8 @@ class RolloutDesk:
                     RejectReason.NOT_IN_COHORT,
                     f"no rollout {report.rollout} of version {report.version} reaches {device}",
                 )
+            if not self._store.is_born(device):
+                raise PeerError(RejectReason.NOT_IN_COHORT, f"no birth of {device} was heard yet")
             return self._store.count_trial(device, report, at=at)
 
         if await self._workers.durable(keep):
@@ -232,6 +239,8 @@ class RolloutDesk:
     def _wait_s(self) -> float | None:
         if self._state is None or not self._state[1].phase.is_open:
             return None
+        if not self._all_known():
+            return LEARN_S
         number, state = self._state
         due = rollouts.next_look(state, self._terms_of(number).policy, self._clock())
         return LOOK_S if due is None else min(LOOK_S, max(0.0, due - self._clock()))
@@ -241,14 +250,14 @@ class RolloutDesk:
         seen = await self._workers.durable(self._read)
         if await self._begin_the_newest(seen):
             seen = await self._workers.durable(self._read)
-        record = seen.newest
-        if record is None or record.ended_at is not None:
-            self._state = None
-        else:
-            record = await self._carry_on(record, seen)
-            if record.ended_at is not None:
-                seen = await self._workers.durable(self._read)
-        return self._say(replace(seen, newest=record))
+        while (record := seen.newest) is not None and record.ended_at is None:
+            kept = await self._carry_on(record, seen)
+            if kept is not None and kept.ended_at is None:
+                return self._say(replace(seen, newest=kept))
+            # It is over, or a command came between the look and the record: that comes first.
+            seen = await self._workers.durable(self._read)
+        self._state = None
+        return self._say(seen)
 
     def _read(self) -> _Seen:
         stable = self._version(self._store.stable_version())
@@ -256,9 +265,7 @@ class RolloutDesk:
         if newest is None:
             return _Seen(stable)
         counts = self._store.trial_counts(newest.number)
-        devices: tuple[str, ...] = ()
-        if newest.ended_at is None:
-            devices = self._store.devices_since(self._wall_clock() - RECENT_S)
+        devices = self._store.born_devices() if newest.ended_at is None else ()
         return _Seen(
             stable,
             newest,
@@ -298,7 +305,8 @@ class RolloutDesk:
         log.info("rollout_asked", rollout=record.number, version=number)
         return True
 
-    async def _carry_on(self, record: RolloutRecord, seen: _Seen) -> RolloutRecord:
+    async def _carry_on(self, record: RolloutRecord, seen: _Seen) -> RolloutRecord | None:
+        """What was kept; None if a command wished something else meanwhile."""
         policy, now = record.terms.policy, self._clock()
         if self._state is None or self._state[0] != record.number:
             self._state = (record.number, _state_of(record))
@@ -316,9 +324,10 @@ class RolloutDesk:
         if rollouts.WISHED[record.wish] is not before.phase:
             reason = record.reason or "aborted by the operator"
             after = rollouts.step(after, Wished(record.wish, reason), policy, now)
-        places = await asyncio.to_thread(self._places_of, record.number, seen.devices)
         active, failed = seen.counts
-        after = rollouts.step(after, Looked(active, failed, places), policy, now)
+        after = rollouts.step(
+            after, Looked(active, failed, await self._fleet_of(record, seen.devices)), policy, now
+        )
         kept = replace(
             record,
             phase=after.phase,
@@ -332,22 +341,29 @@ class RolloutDesk:
         changed = _told_of(before) != _told_of(after) or before.reached != after.reached
         if changed or (after.since is not None and now - self._kept_at >= KEEP_S):
             # First on disk, then in the world.
-            await self._workers.durable(lambda: self._store.keep_rollout(kept))
+            if not await self._workers.durable(lambda: self._store.keep_rollout(kept)):
+                return None
             self._kept_at = now
         self._state = (record.number, after)
         if _told_of(before) != _told_of(after):
             _log_change(kept, before.phase, after, policy.stages)
         return kept
 
-    def _places_of(self, number: int, devices: tuple[str, ...]) -> list[float]:
-        # A hash for each device of a large fleet is made once a rollout.
-        known = self._places[1] if self._places[0] == number else {}
-        found = {
-            device: known[device] if device in known else place_of(self._population, number, device)
-            for device in devices
-        }
-        self._places = (number, found)
-        return sorted(found.values())
+    async def _fleet_of(
+        self, record: RolloutRecord, devices: tuple[KnownDevice, ...]
+    ) -> Fleet | None:
+        if not self._all_known():
+            return None
+        if self._listens_since is None:
+            self._listens_since = self._clock()
+        if self._fleet is None or self._fleet.number != record.number:
+            self._fleet = RolloutFleet(self._population, record.number, record.started_at)
+        return await asyncio.to_thread(
+            self._fleet.look,
+            devices,
+            now=self._wall_clock(),
+            listened_s=self._clock() - self._listens_since,
+        )
 
     def _terms_of(self, number: int) -> Terms:
         known, terms = self._known_terms

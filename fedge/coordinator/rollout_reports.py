@@ -11,6 +11,7 @@ from typing import Self
 
 from fedge.coordinator import rollouts
 from fedge.coordinator.reports import console, plain_table, print_json, utc_time
+from fedge.coordinator.rollout_fleet import KnownDevice, RolloutFleet
 from fedge.coordinator.rollouts import WISHED, Phase, Rollout, ServingMode, Wish
 from fedge.coordinator.store import RolloutRecord, Store, TrialRecord
 from fedge.schemas.messages import TrialOutcome
@@ -29,6 +30,8 @@ class RolloutReport:
     `wanted`: answers before the next stage. `soak_left_s`: as far as it was written down; None
     while the stage waits for answers. `waits_for`: in words. `measured`: devices that compared the
     losses on their hold-outs; `loss_ratio`: the median of what they found, None without any.
+    `vanished`: while it is open, the devices that it reaches, came since it began, gave no answer
+    and were not seen for a day.
     """
 
     mode: ServingMode
@@ -44,17 +47,26 @@ class RolloutReport:
     measured: int
     loss_ratio: float | None
     reasons: Mapping[str, int]
+    vanished: Sequence[str]
     trials: Sequence[TrialRecord]
 
     @classmethod
     def of(
-        cls, store: Store, record: RolloutRecord | None, *, mode: ServingMode, running: bool
+        cls,
+        store: Store,
+        record: RolloutRecord | None,
+        *,
+        population: str,
+        mode: ServingMode,
+        running: bool,
+        now: float,
     ) -> Self:
-        """What the store says now."""
+        """What the store says now. `now`: seconds since the epoch."""
         newest = store.newest_version()
         trials = () if record is None else store.trials(record.number)
         active = sum(one.outcome is TrialOutcome.ACTIVE for one in trials)
         wanted, soak_left_s, waits_for = 0, None, "nothing: no rollout was begun yet"
+        vanished: tuple[str, ...] = ()
         if record is not None:
             policy = record.terms.policy
             state = Rollout(
@@ -66,10 +78,19 @@ class RolloutReport:
                 failed=len(trials) - active,
                 soaked_s=record.soaked_s,
             )
+            if record.phase.is_open:
+                devices = store.born_devices()
+                fleet = RolloutFleet(population, record.number, record.started_at)
+                state = _among(state, fleet, devices, now)
+                vanished = fleet.vanished(
+                    devices, share=record.share, answered={one.device for one in trials}, now=now
+                )
             wanted = rollouts.wanted(state, policy)
             if rollouts.soaks(state, policy):
                 soak_left_s = max(0.0, policy.soak_s - record.soaked_s)
             waits_for = _waits_for(record, state, wanted, soak_left_s, running=running)
+            if vanished and soak_left_s is None:
+                waits_for += f" ({len(vanished)} of those it reaches vanished)"
         ratios = [one.loss_ratio for one in trials if one.loss_ratio is not None]
         reasons = Counter(one.reason.value for one in trials if one.reason is not None)
         return cls(
@@ -86,6 +107,7 @@ class RolloutReport:
             measured=len(ratios),
             loss_ratio=median(ratios) if ratios else None,
             reasons=dict(sorted(reasons.items())),
+            vanished=vanished,
             trials=trials,
         )
 
@@ -115,12 +137,25 @@ def show(report: RolloutReport, *, as_json: bool) -> None:
             f"devices: {record.reached} in the share, {report.active} {_active(record)}, "
             f"{report.rolled_back} rolled back" + (f" ({reasons})" if reasons else "")
         )
+        if report.vanished:
+            named = ", ".join(report.vanished[:MOST_DEVICES])
+            more = len(report.vanished) - MOST_DEVICES
+            console.print(
+                f"vanished: {len(report.vanished)} gave no answer and were not seen for a day: "
+                + named
+                + (f" and {more} more" if more > 0 else "")
+            )
         if report.trials:
             found = "" if report.loss_ratio is None else f", median {report.loss_ratio:.3f}"
             console.print(
                 f"loss against the version in use: measured on {report.measured} of "
                 f"{len(report.trials)} devices{found}"
             )
+            if not report.measured:
+                console.print(
+                    "note: nobody has compared the losses: devices need hold_out in [data] or "
+                    "[examples], and as many examples there as min_hold_out of [rollout] says"
+                )
         console.print(f"waits for: {report.waits_for}")
         _show_devices([one for one in report.trials if one.reason is not None])
     else:
@@ -160,6 +195,13 @@ def show_all(
             record.reason,
         )
     console.print(table)
+
+
+def _among(
+    state: Rollout, fleet: RolloutFleet, devices: Sequence[KnownDevice], now: float
+) -> Rollout:
+    # Everybody is known: nobody who asks has listened to the fleet for a day.
+    return rollouts.counted(state, fleet.look(devices, now=now, listened_s=0.0))
 
 
 def _active(record: RolloutRecord) -> str:
@@ -211,9 +253,11 @@ def _waits_for(
         return "the coordinator, to begin" if running else "a coordinator, to begin"
     last = record.stage == len(record.terms.stages) - 1
     then = "it is stable" if last else f"stage {record.stage + 2}"
-    if soak_left_s is None:
-        return (
-            f"answers: {state.answered} of the {wanted} wanted; then "
-            f"{record.terms.soak_s:.0f} s of soaking, then {then}"
-        )
-    return f"soaking: {soak_left_s:.0f} of {record.terms.soak_s:.0f} s are left; then {then}"
+    soak_s = record.terms.soak_s
+    if soak_left_s is not None:
+        return f"soaking: {soak_left_s:.0f} of {soak_s:.0f} s are left; then {then}"
+    if state.answered < wanted:
+        what = f"answers: {state.answered} of the {wanted} wanted"
+    else:
+        what = "a device that it reaches: none is connected, and time does not count"
+    return f"{what}; then {soak_s:.0f} s of soaking, then {then}"

@@ -6,8 +6,10 @@ broker, store, device or wall clock: every function is pure.
 
     phase     what it is told             then
     --------  --------------------------  ------------------------------------------------------
+    RUNNING   the fleet is not known yet  nothing: the share stays, time does not count
     RUNNING   too few have answered       the stage gathers; time does not count
     RUNNING   enough have answered        the stage soaks: the time with enough answers counts
+    RUNNING   none of them is connected   time does not count: nobody would say that it is bad
     RUNNING   enough, and soaked          the next stage, which begins to gather; after the last
                                           stage DONE: the candidate is the stable version
     RUNNING   too many failed             HALTED: the candidate is withdrawn
@@ -18,9 +20,11 @@ broker, store, device or wall clock: every function is pure.
     ended     anything                    nothing
 
 Too many failed when their part is above the allowed one even if everybody else of the sample should
-pass: a candidate that is bad is stopped before the sample is whole. Soaking is counted by a clock
-that does not jump, and only while this program runs: a coordinator that is away hears of no
-failure. What was soaked before a restart counts.
+pass: a candidate that is bad is stopped before the sample is whole. Who falls silent after it
+was reached is neither a failure nor an answer, and nobody takes its place: the sample that a stage
+asks for shrinks by no more of them than may fail. Soaking is counted by a clock that does not
+jump, and only while this program runs: a coordinator that is away hears of no failure. What was
+soaked before a restart counts.
 """
 
 from __future__ import annotations
@@ -94,14 +98,19 @@ class RolloutPolicy:
 class Rollout:
     """The state. `stage`: from 0. `share`: what is announced; never less than it was.
 
-    `reached`: known devices that the share reaches. `soaked_s`: of this stage, up to `since`, in
-    the caller's clock; None: it does not soak now.
+    `reached`: known devices that the share reached, at the most so far. `known`: all devices;
+    `waited_for`: of the reached, those who were seen lately; both None until this life has looked.
+    `connected`: of the reached, those who are there now. `soaked_s`: of this stage, up to `since`,
+    in the caller's clock; None: it does not soak now.
     """
 
     phase: Phase = Phase.RUNNING
     stage: int = 0
     share: float = 0.0
     reached: int = 0
+    known: int | None = None
+    waited_for: int | None = None
+    connected: int = 0
     active: int = 0
     failed: int = 0
     soaked_s: float = 0.0
@@ -118,12 +127,24 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
+class Fleet:
+    """The devices by their places in this rollout, each rising.
+
+    `known`: everybody, also who is away. `recent`: who was seen lately. `connected`: who is there.
+    """
+
+    known: Sequence[float] = ()
+    recent: Sequence[float] = ()
+    connected: Sequence[float] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Looked:
-    """The totals and the fleet, as of now. `places`: of the known devices, rising."""
+    """The totals and the fleet, as of now. `fleet`: None while not everybody is known again."""
 
     active: int
     failed: int
-    places: Sequence[float]
+    fleet: Fleet | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +162,28 @@ Event = Looked | Wished
 
 
 def wanted(state: Rollout, policy: RolloutPolicy) -> int:
-    """How many devices must have answered before the next stage: at least one."""
-    enough = max(policy.min_devices, math.ceil(policy.min_answered * state.reached))
-    return max(1, min(state.reached, enough))
+    """How many devices must have answered before the next stage: at least one.
+
+    Fewer than `min_devices` only where fewer were reached, or there are no more devices, or some
+    that were reached are not seen any more: but no more of these than could all have failed
+    without stopping the rollout. One device that is lost for good holds up no fleet, and a
+    candidate that kills its devices gets no further.
+    """
+    known = state.reached if state.known is None else state.known
+    waited_for = state.reached if state.waited_for is None else state.waited_for
+    least = min(policy.min_devices, state.reached, known)
+    vanished = max(0, state.reached - waited_for)
+    least -= min(vanished, max(0, math.floor(policy.max_failure_share * least) - state.failed))
+    return max(1, least, math.ceil(policy.min_answered * waited_for))
 
 
 def soaks(state: Rollout, policy: RolloutPolicy) -> bool:
     """Whether the time counts now."""
-    return state.phase is Phase.RUNNING and state.answered >= wanted(state, policy)
+    return (
+        state.phase is Phase.RUNNING
+        and state.connected > 0
+        and state.answered >= wanted(state, policy)
+    )
 
 
 def soaked(state: Rollout, now: float) -> float:
@@ -166,6 +201,17 @@ def next_look(state: Rollout, policy: RolloutPolicy, now: float) -> float | None
     if not soaks(state, policy):
         return None
     return now + max(0.0, policy.soak_s - soaked(state, now))
+
+
+def counted(state: Rollout, fleet: Fleet) -> Rollout:
+    """The state with the devices of `fleet` that its share reaches."""
+    return replace(
+        state,
+        reached=max(state.reached, bisect_left(fleet.known, state.share)),
+        known=len(fleet.known),
+        waited_for=bisect_left(fleet.recent, state.share),
+        connected=bisect_left(fleet.connected, state.share),
+    )
 
 
 # ---------------------------------------------------------------- the machine
@@ -189,25 +235,26 @@ def _wished(state: Rollout, wish: Wish, reason: str) -> Rollout:
 
 
 def _looked(state: Rollout, looked: Looked, policy: RolloutPolicy) -> Rollout:
+    fleet = looked.fleet
     state = replace(state, active=looked.active, failed=looked.failed)
-    if state.phase is Phase.RUNNING and state.share == 0.0:
-        # It begins.
-        state = _reach(state, looked.places, policy)
+    if fleet is not None:
+        begins = state.phase is Phase.RUNNING and state.share == 0.0
+        state = _reach(state, fleet, policy) if begins else counted(state, fleet)
     if failure_share(state, policy) > policy.max_failure_share:
         reason = (
             f"{state.failed} of {state.answered} devices rolled it back, more than "
             f"{policy.max_failure_share:.0%} of a sample of {wanted(state, policy)}"
         )
         return replace(state, phase=Phase.HALTED, reason=reason)
-    if state.phase is not Phase.RUNNING:
+    if fleet is None or state.phase is not Phase.RUNNING:
         return state
     if soaks(state, policy) and state.soaked_s >= policy.soak_s:
         if state.stage == len(policy.stages) - 1:
             return replace(state, phase=Phase.DONE)
         state = replace(state, stage=state.stage + 1, soaked_s=0.0)
-    return _reach(state, looked.places, policy)
+    return _reach(state, fleet, policy)
 
 
-def _reach(state: Rollout, places: Sequence[float], policy: RolloutPolicy) -> Rollout:
-    share = max(state.share, reach(places, policy.stages, state.stage, policy.min_devices))
-    return replace(state, share=share, reached=bisect_left(places, share))
+def _reach(state: Rollout, fleet: Fleet, policy: RolloutPolicy) -> Rollout:
+    share = reach(fleet.known, policy.stages, state.stage, policy.min_devices)
+    return counted(replace(state, share=max(state.share, share)), fleet)

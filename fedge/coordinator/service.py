@@ -159,6 +159,7 @@ class Coordinator:
             publisher=self._publisher,
             newest=lambda: self._succession.newest,
             publish=self._publish,
+            all_known=lambda: self._presence.has_called_roll and self._presence.all_known,
             clock=clock,
             wall_clock=wall_clock,
         )
@@ -193,7 +194,7 @@ class Coordinator:
         self._evaluations = EvaluationDesk(
             store=store,
             plan=plan.ref,
-            metrics=plan.manifest.metrics,
+            manifest=plan.manifest,
             distribution=self._distribution,
             succession=self._succession,
             journal=self._journal,

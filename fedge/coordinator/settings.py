@@ -248,11 +248,13 @@ class RetentionSettings(_Table):
     rounds: Annotated[int, Field(ge=1)] | None = None
     devices_unseen_days: Annotated[float, Field(gt=0)] | None = None
     evaluations: Annotated[int, Field(ge=1)] | None = None
+    rollouts: Annotated[int, Field(ge=1)] | None = None
+    word_counts: Annotated[int, Field(ge=1)] | None = None
 
     @property
     def wish(self) -> Retention:
         """What the store is given."""
-        return Retention(self.versions, self.rounds, self.devices_unseen_days, self.evaluations)
+        return Retention(**self.model_dump())
 
 
 class Settings(_Table):

@@ -14,7 +14,7 @@ import click
 
 from fedge.coordinator.command_options import config_option, json_option
 from fedge.coordinator.db_commands import open_store
-from fedge.coordinator.running import tell_to_look
+from fedge.coordinator.running import reachable_coordinator, tell_to_look
 from fedge.schemas.errors import ConfigError
 from fedge.schemas.word_reports import MAX_EPSILON, MIN_EPSILON
 
@@ -120,6 +120,7 @@ def collect(
     """
     settings = _settings(config_path)
     with open_store(settings) as store:
+        reachable_coordinator(settings.state_dir)
         record = store.request_word_count(
             epsilon=epsilon,
             least_typed=least_typed,
@@ -180,6 +181,7 @@ def stop(number: int | None, config_path: Path) -> None:
     """End word count NUMBER, or the newest, before its time; what was told is kept."""
     settings = _settings(config_path)
     with open_store(settings) as store:
+        reachable_coordinator(settings.state_dir)
         record, _ = _found(store, number)
         closed = store.close_word_count(record.number, "stopped by a command", at=time.time())
     tell_to_look(settings.state_dir)

@@ -30,6 +30,8 @@ TOLD = "word_count_announced"
 """The note that says that an announcement may lie on the broker."""
 REFUSED_AGAIN_S = 60.0
 """What the broker refused is tried again after so long."""
+KNOWN_SOON_S = 0.5
+"""It is looked so often whether all devices have answered the roll."""
 
 
 class WordCountDesk:
@@ -93,6 +95,10 @@ class WordCountDesk:
     async def announce(self) -> None:
         """Has the broker keep what is under way, or forget what was. Without one: nothing yet."""
         while self._is_up():
+            if not self._around.all_known():
+                # Over how long the answers are spread is said once, for as many as there are.
+                await asyncio.sleep(KNOWN_SOON_S)
+                continue
             try:
                 await self._announce()
             except LinkClosed:

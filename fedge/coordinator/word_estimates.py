@@ -76,8 +76,12 @@ class WordEstimate:
 def estimate(
     reports: Sequence[WordReport], epsilon: float, candidates: Iterable[str]
 ) -> WordEstimate:
-    """The words of `candidates` that stand out. With no report none does."""
+    """The words of `candidates` that stand out. With no report none does.
+
+    Two devices never draw the same hash function: of such reports the first one counts.
+    """
     words = tuple(dict.fromkeys(candidates))
+    reports = tuple({one.key: one for one in reversed(reports)}.values())
     devices, buckets = len(reports), bucket_count(epsilon)
     counts = support(reports, buckets, (*words, NOTHING))
     least = least_support(devices, epsilon, len(words))

@@ -20,6 +20,7 @@ from typing import Any
 from fedge.edge_agent import commands, events, machine
 from fedge.edge_agent.activator import Activator
 from fedge.edge_agent.beside_rounds import BesideRounds
+from fedge.edge_agent.checkpoints import FOLDER as CHECKPOINTS
 from fedge.edge_agent.checkpoints import Checkpoints
 from fedge.edge_agent.contributor import Contributor
 from fedge.edge_agent.data.config import DataConfig
@@ -118,7 +119,7 @@ class EdgeAgent:
         self._typed: TypedTexts | None = None
         if settings.data is not None and settings.data.is_store:
             self._typed = TypedTexts(self._device, settings.data, settings.examples.limits)
-        self._checkpoints = Checkpoints(state_dir / "checkpoint")
+        self._checkpoints = Checkpoints(state_dir / CHECKPOINTS)
         meter = UsageMeter(self._memory, self._storage, wall_clock)
         # Of its own: it may end when the training for a round has begun.
         personal_meter = UsageMeter(self._memory, self._storage, wall_clock)

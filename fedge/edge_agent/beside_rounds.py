@@ -3,7 +3,7 @@
 Rollouts, evaluations, a model of its own, word counts, and answers to apps. Each is a part that
 knows its own matter; this brings them together: it makes those that the settings ask for, hands
 them what they are told, and tells them when the device is free. A round goes before them all, then
-evaluations, then the device's own model.
+evaluations and what a rollout measures, then the device's own model.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fedge.edge_agent.download import Downloads
 from fedge.edge_agent.eligibility_watch import EligibilityWatch
 from fedge.edge_agent.evaluations import Evaluations
 from fedge.edge_agent.events import Event
+from fedge.edge_agent.free_time import FreeTime
 from fedge.edge_agent.library import Library
 from fedge.edge_agent.personaliser import Personaliser, Seen
 from fedge.edge_agent.rollout_follower import RolloutFollower
@@ -90,12 +91,17 @@ class BesideRounds:
         self._personaliser = self._personaliser_of()
         self._words = self._word_counts_of()
         self._apps = self._service_for_apps()
+        self._in_use: int | None = None
 
     @property
     def is_working(self) -> bool:
         """Whether the device measures or trains for itself now."""
         trains = self._personaliser is not None and self._personaliser.is_training
-        return trains or self._evaluations.is_running
+        return trains or self._measures
+
+    @property
+    def _measures(self) -> bool:
+        return self._evaluations.is_running or self._rollouts.is_measuring
 
     def works(self) -> Iterator[tuple[Coroutine[Any, Any, None], str]]:
         """What has to run until cancelled, with its names."""
@@ -154,12 +160,16 @@ class BesideRounds:
     def see(self) -> None:
         """The machine has moved, or an evaluation has: who may work now?"""
         state = self._state()
+        if self._apps is not None and state.active != self._in_use:
+            self._in_use = state.active
+            self._apps.look_again()
         free = machine.is_idle(state)
+        self._rollouts.see(free=free)
         self._evaluations.see(free=free)
         if self._words is not None:
             self._words.see(free=free)
         if self._personaliser is not None:
-            self._personaliser.see(_seen_in(state, measuring=self._evaluations.is_running))
+            self._personaliser.see(_seen_in(state, measuring=self._measures))
         self._pace_changed()
 
     def counted(self) -> None:
@@ -167,26 +177,38 @@ class BesideRounds:
         if self._personaliser is not None:
             self._personaliser.look_again()
 
+    def _own_model_changed(self) -> None:
+        if self._apps is not None:
+            self._apps.look_again()
+        self._pace_changed()
+
     async def forgotten(self) -> None:
         """Something that was typed was taken back."""
+        if self._apps is not None:
+            self._apps.look_again()
         if self._personaliser is not None:
             self._personaliser.look_again(forgotten=True)
+        self._rollouts.forgotten()
         await self._evaluations.forgotten()
 
     # ------------------------------------------------------------ making
 
     def _rollouts_of(self) -> RolloutFollower:
         settings = self._settings
+        free = FreeTime(changed=self.see)
         trials = Trials(
             settings.device,
             library=self._library,
             versions=self._versions,
+            memory=self._memory,
             trainer=self._trainer,
             storage=self._storage,
             data=settings.data,
-            limits=None if self._typed is None else self._typed.limits,
+            typed=self._typed,
             threads=settings.trainer.threads,
             until_idle=self._activator.until_not_training,
+            free=free,
+            minimum_hold_out=settings.participation.minimum_hold_out,
         )
         return RolloutFollower(
             settings.population,
@@ -200,6 +222,7 @@ class BesideRounds:
             feed=self._feed,
             send=self._send,
             until_idle=self._activator.until_not_training,
+            free=free,
         )
 
     def _evaluations_of(self) -> Evaluations:
@@ -235,7 +258,7 @@ class BesideRounds:
             held=lambda: self._versions.held,
             fetch=self._downloads.fetch,
             meter=self._meter if settings.participation.has_limits else None,
-            changed=self._pace_changed,
+            changed=self._own_model_changed,
             wall_clock=self._wall_clock,
         )
 
@@ -254,6 +277,7 @@ class BesideRounds:
         return WordCounts(
             settings.device,
             limit=settings.word_counts.epsilon_limit,
+            least_typed=settings.word_counts.least_typed,
             state_dir=settings.state_dir,
             data=settings.data,
             typed=self._typed,

@@ -11,9 +11,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from fedge.edge_agent.durable import disk
 from fedge.schemas.logs import EventLog
 
 log = EventLog(__name__)
+
+FOLDER = "checkpoint"
+"""In the agent's `state_dir`."""
 
 _NAME = re.compile(r"\.?([0-9]{1,18})\.checkpoint(\.part)?")
 
@@ -21,7 +25,7 @@ _NAME = re.compile(r"\.?([0-9]{1,18})\.checkpoint(\.part)?")
 class Checkpoints:
     """The folder of a device's checkpoints: one at the most, named by its round.
 
-    What cannot be removed now is removed the next time.
+    What cannot be removed now is removed the next time, but for `remove_all`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,6 +46,19 @@ class Checkpoints:
     def forget_before(self, number: int) -> None:
         """Removes those of older rounds: nobody wants their updates."""
         self._remove(lambda found: found < number)
+
+    def remove_all(self) -> int:
+        """Removes every one, also half written: what it was made from was forgotten. How many.
+
+        Raises `StoreUnavailable` if one cannot be removed now.
+        """
+        removed = 0
+        with disk(f"clear {self._folder}"):
+            for path in self._folder.iterdir() if self._folder.is_dir() else ():
+                if _NAME.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+                    removed += 1
+        return removed
 
     def _remove(self, unwanted: Callable[[int], bool]) -> None:
         try:

@@ -2,13 +2,15 @@
 
 Chunks are asked for by exact topic, a window at a time, verified one by one and written where they
 belong. What is half here when the power goes is verified and kept at the next start. If nothing
-comes for a while, the coordinator is asked to publish what is missing once more.
+comes for a while, the coordinator is asked to publish what is missing once more. What a round needs
+goes first: another download is cut off for it, whatever that waits for, and goes on afterwards.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from itertools import islice
 
 from fedge.schemas.blob_files import BlobDirectory, PartialBlob
@@ -32,6 +34,8 @@ PATIENCE_S = 10.0
 class Downloads:
     """The downloads of one device over its bulk link. One blob at a time, in the order asked.
 
+    What a round needs comes before all others.
+
     `ask`: publishes a `Need` to the coordinator.
     """
 
@@ -50,24 +54,35 @@ class Downloads:
         self._ask = ask
         self._patience_s = patience_s
         self._turn = asyncio.Lock()
+        self._in_a_hurry = 0
+        self._nobody_hurries = asyncio.Event()
+        self._nobody_hurries.set()
+        self._others: set[asyncio.Task[None]] = set()
         self._current: PartialBlob | None = None
         self._progress = asyncio.Event()
         self._refused: StoreError | None = None
         self._window_chunks = WINDOW_CHUNKS
         self.received_bytes = 0
 
-    async def fetch(self, refs: Iterable[BlobRef]) -> None:
+    async def fetch(self, refs: Iterable[BlobRef], *, for_a_round: bool = False) -> None:
         """Returns when every blob is in the directory, verified. Cancel it to give up.
+
+        `for_a_round`: nothing else is fetched meanwhile.
 
         Raises `StoreUnavailable` if the disk refuses for now, other `StoreError` if it will again,
         and `PeerError` (digest_mismatch) for a reference whose chunks are right and whose whole is
         not: nothing can be fetched by that. Whatever the network does only makes it wait. Called
         again after an error, it goes on from the chunks that are here.
         """
+        if for_a_round:
+            with self._hurrying():
+                for ref in refs:
+                    await self._fetch_in_turn(ref)
+            return
         for ref in refs:
-            async with self._turn:
-                if not self._blobs.has(ref.sha256):
-                    await self._fetch_one(ref)
+            while not self._blobs.has(ref.sha256):
+                await self._nobody_hurries.wait()
+                await self._fetch_unless_hurried(ref)
 
     def received(self, sha256: str, index: int, payload: bytes) -> None:
         """Feeds a chunk that came over the link. A wrong or unwanted one changes nothing."""
@@ -88,6 +103,37 @@ class Downloads:
             self._window_chunks = WINDOW_CHUNKS
             self.received_bytes += len(payload)
             self._progress.set()
+
+    @contextlib.contextmanager
+    def _hurrying(self) -> Iterator[None]:
+        self._in_a_hurry += 1
+        self._nobody_hurries.clear()
+        for other in self._others:
+            other.cancel()
+        try:
+            yield
+        finally:
+            self._in_a_hurry -= 1
+            if self._in_a_hurry == 0:
+                self._nobody_hurries.set()
+
+    async def _fetch_unless_hurried(self, ref: BlobRef) -> None:
+        """Returns when the blob is here, or when something that hurries has cut it off."""
+        work = asyncio.create_task(self._fetch_in_turn(ref), name=f"fetch-{ref.sha256[:12]}")
+        self._others.add(work)
+        try:
+            await work
+        except asyncio.CancelledError:
+            own = asyncio.current_task()
+            if own is not None and own.cancelling():
+                raise
+        finally:
+            self._others.discard(work)
+
+    async def _fetch_in_turn(self, ref: BlobRef) -> None:
+        async with self._turn:
+            if not self._blobs.has(ref.sha256):
+                await self._fetch_one(ref)
 
     async def _fetch_one(self, ref: BlobRef) -> None:
         partial = self._blobs.open_partial(ref)

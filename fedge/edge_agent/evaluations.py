@@ -101,6 +101,7 @@ class Evaluations:
         self._woken = asyncio.Event()
         self._request: EvaluationRequest | None = None
         self._due_s = 0.0
+        self._time: asyncio.Timeout | None = None
         self._said: EvaluationResult | None = None
         self._task: asyncio.Task[None] | None = None
         self._counted: int | None = None
@@ -116,6 +117,9 @@ class Evaluations:
         now = self._request
         if now is not None and _same(now, request):
             self._due_s = due_s
+            if self._time is not None and not self._time.expired():
+                # It is being measured.
+                self._time.reschedule(due_s)
             return
         self._request, self._due_s = request, due_s
         if self._said is None or not _same(self._said, request):
@@ -189,10 +193,12 @@ class Evaluations:
     async def _answer(self, request: EvaluationRequest) -> None:
         if self._said is None:
             try:
-                async with asyncio.timeout_at(self._due_s):
+                async with asyncio.timeout_at(self._due_s) as self._time:
                     self._said = await self._result(request)
             except TimeoutError:
                 log.info("evaluation_overdue", device=self._device, evaluation=request.evaluation)
+            finally:
+                self._time = None
         self._finished(request)
         if self._said is not None:
             # While the link is down this takes as long as that, and is no work.
@@ -306,6 +312,9 @@ class Evaluations:
 
     async def _run(self, job: EvaluateJob) -> Evaluated:
         done = await self._trainer.run(job)
+        log.info(
+            "measured", device=self._device, rows=done.rows, evaluation_s=done.evaluation_s
+        )  # fmt: skip
         if self._typed is not None:
             generation = await asyncio.to_thread(self._typed.generation)
             if done.generation != generation:

@@ -21,8 +21,9 @@ What a flash card keeps of blocks that were given back, no program can reach: en
 may have been read before it expired. Whoever learns from texts asks for it before the first `read`
 and again before the result is used or sent; if it has changed, the result must be thrown away.
 Compare for equality only: a new file begins at the time of its making, so it never repeats the
-numbers of one that was deleted. The device's personal model, in the folder of the file, is removed
-with each `forget_…` (`fedge.edge_agent.personal_files`); what writes one holds the store (`held`).
+numbers of one that was deleted. Where an agent has its state in the folder of the file, its
+personal model and its suspended training are removed with each `forget_…`
+(`fedge.edge_agent.personal_files`); what writes one holds the store (`held`).
 
 **Two sides.** A keyed hash of what a text says puts it into the training or the hold-out side, for
 good: the same sentence is on the same side however often it is typed, forgotten or not. So the
@@ -53,7 +54,7 @@ from fedge.edge_agent.example_text import (
     normalise,
     side_of,
 )
-from fedge.edge_agent.personal_files import forget_personal
+from fedge.edge_agent.personal_files import forget_learned
 from fedge.schemas.closing import Closing
 from fedge.schemas.errors import ConfigError, StoreUnavailable
 from fedge.schemas.logs import EventLog
@@ -207,10 +208,10 @@ class ExampleStore(Closing):
     def remove(path: Path) -> None:
         """Deletes the files of a store, unread: for one that is too damaged to be opened.
 
-        The personal model goes with them. Raises `StoreUnavailable` if the disk cannot be written
-        now.
+        What was learned from them goes with them, as with a `forget_…`. Raises `StoreUnavailable`
+        if the disk cannot be written now.
         """
-        forget_personal(path.parent)
+        forget_learned(path.parent)
         remove_files(path)
 
     def close(self) -> None:
@@ -324,7 +325,7 @@ class ExampleStore(Closing):
         with self._file.transaction():
             # First: cut off in between, the model is gone and the texts are there, never the other
             # way round.
-            forget_personal(self._path.parent)
+            forget_learned(self._path.parent)
             found = self._file.run(f"DELETE FROM examples WHERE {which}", *values).rowcount  # noqa: S608 -- our own conditions
             self._file.mark_deleted()
             self._file.run("UPDATE facts SET value = value + 1 WHERE name = 'generation'")

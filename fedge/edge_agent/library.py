@@ -127,17 +127,28 @@ class Library:
         """These stay whatever is fetched, instead of those that were pinned for that purpose."""
         self._pinned[purpose] = sizes_of(refs)
 
-    def make_room(self, version: PublishedVersion, in_hand: PublishedVersion | None) -> None:
+    def make_room(
+        self,
+        version: PublishedVersion,
+        in_hand: PublishedVersion | None,
+        *,
+        gives_way: str | None = None,
+    ) -> None:
         """Deletes every blob that neither `version`, the version in hand nor the one in use needs.
 
-        What versions are measured with stays where it fits. Raises `CacheTooSmall` if they are
-        above the limit together; nothing is deleted then.
+        What versions are measured with stays where it fits, and so does what is pinned for the
+        purpose `gives_way`. Raises `CacheTooSmall` if they are above the limit together; nothing is
+        deleted then.
         """
         present = self._present()
-        needed = sizes_of(self.refs_of(version)) | self._works_here(in_hand, present)
+        needed = sizes_of(self.refs_of(version)) | self._works_here(
+            in_hand, present, but_not=gives_way
+        )
         limit_bytes = self._cache_limit_bytes
         graphs = {*self._measures(version), *self._measures(in_hand)} & present.keys()
         spared = {digest: present[digest] for digest in graphs} | self._measured
+        if gives_way is not None:
+            spared |= self._pinned.get(gives_way, {})
         for digest, size_bytes in spared.items():
             if limit_bytes is None or sum(needed.values()) + size_bytes <= limit_bytes:
                 needed.setdefault(digest, size_bytes)
@@ -324,11 +335,15 @@ class Library:
         return active if model is None else replace(active, model=model, personal=True)
 
     def _works_here(
-        self, in_hand: PublishedVersion | None, present: Mapping[Digest, int]
+        self,
+        in_hand: PublishedVersion | None,
+        present: Mapping[Digest, int],
+        but_not: str | None = None,
     ) -> dict[Digest, int]:
         works = {} if in_hand is None else sizes_of(self.refs_of(in_hand))
-        for pinned in self._pinned.values():
-            works |= pinned
+        for purpose, pinned in self._pinned.items():
+            if purpose != but_not:
+                works |= pinned
         for digest in self._active_needs():
             if digest in present:
                 works.setdefault(digest, present[digest])

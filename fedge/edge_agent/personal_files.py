@@ -1,8 +1,9 @@
-"""Where a device's personal model lies, and how it is forgotten: names and removals alone.
+"""Where a device's personal model lies, and how what was learned from texts is forgotten.
 
-The example store does it within the transaction of every forget, before the answer, so it needs
-neither the agent nor the network, and no more than the standard library: apps have the store in
-their own processes. What the files hold is for `fedge.edge_agent.personal_models` to say.
+Names and removals alone. The example store does it within the transaction of every forget, before
+the answer, so it needs neither the agent nor the network, and hardly more than the standard
+library: apps have the store in their own processes. What the files hold is for
+`fedge.edge_agent.personal_models` and `fedge.edge_agent.trainer.checkpoint_file` to say.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from fedge.edge_agent.checkpoints import FOLDER as CHECKPOINTS
+from fedge.edge_agent.checkpoints import Checkpoints
 from fedge.edge_agent.durable import disk, partial_of
 
 RECORD_FILE = "personal.json"
@@ -19,7 +22,25 @@ RECORD_FILE = "personal.json"
 MODELS = "models"
 """The folder in it that holds the model and its weights."""
 
-_ANY = re.compile(r"\.?personal-.*")
+_ANY = re.compile(r"\.?personal-[0-9]{1,18}-[0-9a-f]{8,64}\.(onnx|safetensors)(\.part)?")
+_MARKS = ("agent.sqlite", "active.json")
+"""What only an agent's folder has: its memory, and which version is in use."""
+
+
+def forget_learned(folder: Path) -> None:
+    """Removes what an agent has learned from the texts of the example store in `folder`.
+
+    The personal model, and a training that is suspended; nothing where no agent has its state: a
+    store may lie in any folder, among files of others. On the disk when it returns. Raises
+    `StoreUnavailable` if something cannot be removed now.
+    """
+    with disk(f"look into {folder}"):
+        is_state = any((folder / mark).exists() for mark in _MARKS)
+    if not is_state:
+        return
+    forget_personal(folder)
+    if Checkpoints(folder / CHECKPOINTS).remove_all():
+        sync_folder(folder / CHECKPOINTS)
 
 
 def forget_personal(state_dir: Path) -> None:

@@ -126,12 +126,16 @@ class Personaliser:
         self._counted: Material | None = None
         self._job: PersonaliseJob | None = None
         self._task: asyncio.Task[Personalised] | None = None
+        self._under_way = False
         self._reason = ""
 
     @property
     def is_training(self) -> bool:
-        """Whether a personal training is under way, so that a rule that breaks must stop it."""
-        return self._task is not None
+        """Whether a personal training is under way, so that a rule that breaks must stop it.
+
+        One that waits for its turn, in a fleet on one host perhaps for hours, takes nothing yet.
+        """
+        return self._under_way
 
     def see(self, seen: Seen) -> None:
         """What the agent is doing from now on. Stops a training that is in the way of it."""
@@ -275,7 +279,9 @@ class Personaliser:
         """What to write down. Raises what may come to another end when it is tried again."""
         try:
             job = await self._job_for(base, parts)
-            return self._record(base, material, await self._train(job, base.version))
+            done = await self._train(job, base.version)
+            self._tell_what_it_took(base, done)
+            return self._record(base, material, done)
         except _PASSING:
             raise
         except FedgeError as error:
@@ -290,13 +296,9 @@ class Personaliser:
         if seen.busy or not seen.eligible or not wanted:
             # While the graph was fetched.
             raise TrainingInterrupted(0, 0, kept=False)
-        log.info("personal_training", device=self._device, version=version)
         self._job = job
         work = self._trainer.run(job, self._progressed)
         self._task = asyncio.create_task(work, name=f"personal-{version}-{self._device}")
-        if self._meter is not None:
-            self._meter.begin()
-        self._changed()
         try:
             return await self._task
         except asyncio.CancelledError:
@@ -307,14 +309,13 @@ class Personaliser:
             raise TrainingInterrupted(0, 0, kept=False) from None
         finally:
             self._task = self._job = None
-            if self._meter is not None:
-                self._meter.end()
-            self._changed()
+            self._ended()
 
     async def _job_for(self, base: _Base, parts: PersonalParts) -> PersonaliseJob:
         manifest = base.manifest
         graphs, words = manifest.graphs, manifest.vocabulary
         if not self._library.blobs.has(graphs.eval.sha256):
+            self._library.make_room_to_measure([graphs.eval], self._held())
             # Downloads take turns, and a version that is announced meanwhile waits for this one.
             async with asyncio.timeout(FETCH_S):
                 await self._fetch([graphs.eval])
@@ -370,11 +371,43 @@ class Personaliser:
             }
         )
 
-    # ------------------------------------------------------------ saying
+    # ------------------------------------------------------------ its time
 
     def _progressed(self, progress: Progressed) -> None:
+        if self._task is None:
+            return
+        if self._under_way:
+            if self._meter is not None:
+                self._meter.goes_on()
+            return
+        # Its turn has come.
+        self._under_way = True
+        log.info("personal_training", device=self._device, version=self._version)
         if self._meter is not None:
-            self._meter.goes_on()
+            self._meter.begin()
+        self._changed()
+
+    def _ended(self) -> None:
+        if not self._under_way:
+            return
+        self._under_way = False
+        if self._meter is not None:
+            self._meter.end()
+        self._changed()
+
+    # ------------------------------------------------------------ saying
+
+    def _tell_what_it_took(self, base: _Base, done: Personalised) -> None:
+        log.info(
+            "personal_trained",
+            device=self._device,
+            version=base.version,
+            examples=done.examples,
+            steps=done.steps,
+            training_s=done.training_s,
+            evaluation_s=done.evaluation_s,
+            peak_rss_bytes=done.peak_rss_bytes,
+        )
 
     def _tell(self, record: PersonalRecord) -> None:
         common, personal = record.common, record.personal

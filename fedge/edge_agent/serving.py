@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedge.edge_agent.durable import disk
@@ -47,6 +48,15 @@ class _Mark:
 
     active: Active
     file: tuple[int, int, int]
+
+    def is_there(self) -> bool:
+        """Whether its file is still the one that was opened; also if nobody can look now."""
+        try:
+            return _identity(self.active.model) == self.file
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +118,12 @@ def _mark_of(library: Library) -> _Mark | None:
     if active is None:
         return None
     with disk(f"look at {active.model}"):
-        found = active.model.stat()
-    return _Mark(active, (found.st_ino, found.st_size, found.st_mtime_ns))
+        return _Mark(active, _identity(active.model))
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _give_memory_back() -> None:
@@ -125,6 +139,9 @@ class Served(Closing):
     its own, and takes its place when it can answer; if it cannot be loaded, the old one stays and
     it is tried again `TRY_AGAIN_S` later. `replaced`: called from that thread with the number of a
     version that took over. Any thread may ask.
+
+    A personal model whose file is gone answers no question more, whatever can be loaded instead: a
+    forget removes it, and then it was learned from a text that somebody took back.
     """
 
     def __init__(
@@ -172,6 +189,16 @@ class Served(Closing):
                 log.info("model_loaded", version=self._current.version)
             return self._current
 
+    def look(self) -> None:
+        """What is active may have changed: nobody should have to ask to find that out.
+
+        Does nothing before the first question. Blocks for a moment.
+        """
+        current = self._current
+        if current is not None:
+            with contextlib.suppress(FedgeError):
+                self._follow(current)
+
     def close(self) -> None:
         """Waits for a loading under way, which is short, and lets go of the model."""
         with self._lock:
@@ -183,6 +210,9 @@ class Served(Closing):
 
     def _follow(self, current: Serving) -> Serving:
         """What answers this question; begins to load what is newer."""
+        if current.personal and not current.mark.is_there():
+            # Before the record is read, which may be damaged.
+            return self._without(current)
         try:
             mark = _mark_of(self._library)
         except FedgeError:
@@ -190,9 +220,6 @@ class Served(Closing):
             return current
         if mark is None or mark == current.mark:
             return current
-        own = (current.version, current.personal)
-        if own == (mark.active.version, True) and not mark.active.personal:
-            return self._without(current)
         with self._lock:
             failed = self._failed
             waits = failed is not None and failed[0] == mark and self._clock() < failed[1]
@@ -203,12 +230,15 @@ class Served(Closing):
         return current
 
     def _without(self, taken_back: Serving) -> Serving:
-        """The version itself, at once: what was learned from a forgotten text answers no more."""
+        """What is active now, at once: what was learned from a forgotten text answers no more."""
         with self._lock:
             if self._current is taken_back:
+                # Also if nothing can be opened: then there is no answer.
+                self._current = None
+            if self._current is None:
                 self._current = open_serving(self._library, taken_back)
                 log.info("model_loaded", version=self._current.version, before="personal")
-            return self._current or taken_back
+            return self._current
 
     def _load(self, mark: _Mark) -> None:
         before = self._current

@@ -261,18 +261,16 @@ class AgentState:
     # ------------------------------------------------------------ trials
 
     def begin_trial(self, rollout: int, version: int) -> int:
-        """Remembers that a rollout's version is tried; how often it was begun, this one too."""
+        """Remembers that a rollout's version is tried; how often it was begun, this one too.
+
+        Those that were given up are not counted.
+        """
         with self._transaction():
+            self._open_trial(rollout, version)
             self._run(
-                "INSERT INTO trials VALUES (?, ?, 1, NULL, 0) "
-                "ON CONFLICT (rollout, version) DO UPDATE SET begun = begun + 1",
+                "UPDATE trials SET begun = begun + 1 WHERE rollout = ? AND version = ?",
                 rollout,
                 version,
-            )
-            self._run(
-                "DELETE FROM trials WHERE rowid NOT IN "
-                "(SELECT rowid FROM trials ORDER BY rowid DESC LIMIT ?)",
-                TRIALS_KEPT,
             )
         with closing(
             self._run(
@@ -282,7 +280,7 @@ class AgentState:
             return int(rows.fetchone()[0])
 
     def give_up_trial(self, rollout: int, version: int) -> None:
-        """One that was begun was stopped on purpose: it does not count."""
+        """One that was begun has ended, or was stopped on purpose: it does not count."""
         self._run(
             "UPDATE trials SET begun = max(begun - 1, 0) WHERE rollout = ? AND version = ?",
             rollout,
@@ -290,13 +288,11 @@ class AgentState:
         )
 
     def end_trial(self, report: TrialReport) -> None:
-        """Remembers how a trial ended; how it ended first stays."""
-        self._run(
-            "UPDATE trials SET report = ? WHERE rollout = ? AND version = ? AND report IS NULL",
-            report.model_dump_json(),
-            report.rollout,
-            report.version,
-        )
+        """Remembers how a trial ended; how it ended first stays, if that can be read."""
+        with self._transaction():
+            self._open_trial(report.rollout, report.version)
+            if self.trial(report.rollout, report.version) is None:
+                self._keep_report(report)
 
     def trial(self, rollout: int, version: int) -> Trial | None:
         """A trial that has ended; None if it has not, or its report cannot be read."""
@@ -319,6 +315,22 @@ class AgentState:
     def count_trial(self, rollout: int) -> None:
         """Remembers that the coordinator has counted the report."""
         self._run("UPDATE trials SET counted = 1 WHERE rollout = ?", rollout)
+
+    def forget_measures(self) -> None:
+        """What trials have measured is said to nobody any more; how they ended stays.
+
+        For what the coordinator has not counted yet.
+        """
+        with self._transaction():
+            with closing(
+                self._run("SELECT rollout, version FROM trials WHERE counted = 0")
+            ) as rows:
+                waiting = rows.fetchall()
+            for rollout, version in waiting:
+                trial = self.trial(rollout, version)
+                if trial is not None:
+                    said = {"detail": "", "loss_ratio": None, "hold_out": None}
+                    self._keep_report(trial.report.model_copy(update=said))
 
     def failed_versions(self) -> frozenset[int]:
         """The versions that did not pass their latest trial here."""
@@ -364,6 +376,22 @@ class AgentState:
         self._run("UPDATE usage SET at_s = ? WHERE at_s > ?", now_s, now_s)
 
     # ------------------------------------------------------------ SQL
+
+    def _open_trial(self, rollout: int, version: int) -> None:
+        self._run("INSERT OR IGNORE INTO trials VALUES (?, ?, 0, NULL, 0)", rollout, version)
+        self._run(
+            "DELETE FROM trials WHERE rowid NOT IN "
+            "(SELECT rowid FROM trials ORDER BY rowid DESC LIMIT ?)",
+            TRIALS_KEPT,
+        )
+
+    def _keep_report(self, report: TrialReport) -> None:
+        self._run(
+            "UPDATE trials SET report = ? WHERE rollout = ? AND version = ?",
+            report.model_dump_json(),
+            report.rollout,
+            report.version,
+        )
 
     def _end(self, number: int, status: str, reason: str | None) -> None:
         with self._transaction():

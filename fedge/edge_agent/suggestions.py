@@ -22,8 +22,9 @@ from fedge.schemas.words import FIRST_WORD, Vocabulary, WordEncoder, normalised
 MAX_TYPED_CHARACTERS = 10_000
 """Of what was typed only the end is read; more is cut off before it costs anything."""
 
-_UNFINISHED = re.compile(r"[^\W_](?:[^\W_]|['\u2019\u2018\u02bc\u2010-](?=[^\W_]))*\Z")
-"""With the apostrophes and hyphens that phones put in; `normalised` makes them plain."""
+_UNFINISHED_BACKWARDS = re.compile(r"[^\W_]+(?:['\u2019\u2018\u2010-][^\W_]+)*")
+"""With the apostrophes and hyphens that phones put in; `normalised` makes them plain. Of a text
+from its end: searched for from the beginning, each letter of a long text would be a try."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,7 @@ class Typed:
 def read_typed(text: str, encoder: WordEncoder) -> Typed:
     """The finished words of the last sentence, and the beginning of the next one if there is."""
     end = text[-MAX_TYPED_CHARACTERS:]
-    unfinished = _UNFINISHED.search(end)
-    begun = "" if unfinished is None else unfinished.group()
+    begun = _unfinished(end)
     finished = end[: len(end) - len(begun)]
     return Typed(encoder.prefix(finished), normalised(begun))
 
@@ -96,13 +96,18 @@ def accepted(text: str, word: str) -> str:
 
     What is begun stays as it was typed, in capitals or not, and the rest of the word follows.
     """
-    unfinished = _UNFINISHED.search(text[-MAX_TYPED_CHARACTERS:])
-    begun = "" if unfinished is None else unfinished.group()
+    begun = _unfinished(text[-MAX_TYPED_CHARACTERS:])
     if word.startswith(begun.casefold()) and begun:
         return f"{text}{word[len(begun) :]} "
     finished = text[: len(text) - len(begun)]
     apart = "" if not finished or finished[-1].isspace() else " "
     return f"{finished}{apart}{word} "
+
+
+def _unfinished(text: str) -> str:
+    """The word that `text` ends in, empty if it ends in none."""
+    found = _UNFINISHED_BACKWARDS.match(text[::-1])
+    return "" if found is None else found.group()[::-1]
 
 
 class _Alphabetical:

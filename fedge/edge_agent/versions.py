@@ -29,6 +29,9 @@ log = EventLog(__name__)
 MOMENT_S = 20.0
 """For so long an older version that is published is taken for a broker's memory."""
 
+NEWEST, ROLLOUT = "newest", "rollout"
+"""What blobs are pinned for: the version that rounds need, and one that a rollout is about."""
+
 
 class Versions:
     """The versions of `device`. `held`: the newest one whose blobs are all here.
@@ -147,30 +150,35 @@ class Versions:
 
     async def _bring(self, version: VersionAnnouncement) -> None:
         self._swept = True
-        self._library.pin("newest", self._library.refs_of(version))
-        self._library.make_room(version, self._in_hand())
-        manifest = await self._manifest(version.plan)
+        self._library.pin(NEWEST, self._library.refs_of(version))
+        self._library.make_room(version, self._in_hand(), gives_way=ROLLOUT)
+        manifest = await self._manifest(version.plan, for_a_round=True)
         # Now the sizes of its graphs are known, too.
-        self._library.pin("newest", self._library.refs_of(version))
-        self._library.make_room(version, self._in_hand())
-        await self._downloads.fetch(self._library.needed(version, manifest))
+        self._library.pin(NEWEST, self._library.refs_of(version))
+        self._library.make_room(version, self._in_hand(), gives_way=ROLLOUT)
+        await self._downloads.fetch(self._library.needed(version, manifest), for_a_round=True)
 
     async def bring(
         self, version: PublishedVersion, beside: Iterable[BlobRef] = ()
     ) -> PlanManifest:
         """Fetches what using and measuring a version takes, and `beside`; beside the newest one.
 
+        All of it stays until `let_go`, which is the caller's to call, whatever becomes of this.
         Raises as `Library.make_room` and `Downloads.fetch`. Called again, it goes on.
         """
         more = tuple(beside)
-        self._library.pin("rollout", (*self._library.refs_of(version), *more))
+        self._library.pin(ROLLOUT, (*self._library.refs_of(version), *more))
         self._library.make_room(version, self._in_hand())
         manifest = await self._manifest(version.plan)
         refs = (*self._library.needed(version, manifest), manifest.graphs.eval, *more)
-        self._library.pin("rollout", (version.plan, *refs))
+        self._library.pin(ROLLOUT, (version.plan, *refs))
         self._library.make_room(version, self._in_hand())
         await self._downloads.fetch(refs)
         return manifest
+
+    def let_go(self) -> None:
+        """What `bring` has brought may go."""
+        self._library.pin(ROLLOUT, ())
 
     def _in_hand(self) -> VersionAnnouncement | None:
         if self.held is not None:
@@ -184,15 +192,15 @@ class Versions:
         self.held = None
         return None
 
-    async def _manifest(self, plan: BlobRef) -> PlanManifest:
-        await self._downloads.fetch([plan])
+    async def _manifest(self, plan: BlobRef, *, for_a_round: bool = False) -> PlanManifest:
+        await self._downloads.fetch([plan], for_a_round=for_a_round)
         try:
             return self._library.manifest(plan)
         except StoreUnavailable:
             raise
         except StoreError as error:
             log.error("blob_damaged", device=self._device, reason=str(error))
-        await self._downloads.fetch([plan])
+        await self._downloads.fetch([plan], for_a_round=for_a_round)
         return self._library.manifest(plan)
 
     async def _keep(self, version: VersionAnnouncement) -> None:
@@ -233,6 +241,9 @@ class Versions:
             # It was done before, or a newer one was fetched while the disk was full.
             return False
         activated = await self._trainer.run(self._library.activation_of(version))
+        if self._heard is not None and self._heard.staged:
+            # Meanwhile the fleet has changed to rollouts.
+            return False
         await asyncio.to_thread(self._library.activate, version)
         log.info(
             "version_activated",

@@ -32,6 +32,7 @@ log = EventLog(__name__)
 AGAIN_S = 30.0
 """After a disk that is full, or texts that were changed while they were read."""
 FIRST_SAY_AGAIN_S = 60.0
+DEFAULT_LEAST_TYPED = 3
 LONGEST_SAY_AGAIN_S = 3600.0
 """An answer that was not heard is said again after a minute, then ever more rarely."""
 
@@ -40,19 +41,21 @@ class WordCountSettings(BaseModel):
     """`[word_counts]`: whether this device tells noisy words, and how much all of them may say.
 
     `epsilon_limit`: the sum of the epsilons of all answers in the life of the state folder; 0:
-    it never takes part.
+    it never takes part. `least_typed`: a word that was typed less often is never drawn, also where
+    whoever asks would have it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epsilon_limit: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
+    least_typed: Annotated[int, Field(ge=1, le=1_000_000)] = DEFAULT_LEAST_TYPED
 
 
 class WordCounts:
     """The word counts that `device` is asked for while `run` runs.
 
-    `limit`: above 0. `known`: the words of the plan's vocabulary, None while no plan is here.
-    `send`: returns when the broker has it.
+    `limit`: above 0. `least_typed`: as in `WordCountSettings`. `known`: the words of the plan's
+    vocabulary, None while no plan is here. `send`: returns when the broker has it.
     """
 
     def __init__(
@@ -66,9 +69,11 @@ class WordCounts:
         known: Callable[[], Container[str] | None],
         send: Callable[[WordCountAnswer], Awaitable[None]],
         rng: random.Random,
+        least_typed: int = DEFAULT_LEAST_TYPED,
     ) -> None:
         self._device = device
         self._limit = limit
+        self._least_typed = least_typed
         self._state_dir = state_dir
         self._data = data
         self._typed = typed
@@ -166,7 +171,8 @@ class WordCounts:
             # Nobody waits for it any more, and it would cost as much.
             return None
         ledger = self._opened()
-        ledger.keep(answer_to(asked, counts, known), asked.epsilon, self._limit)
+        answer = answer_to(asked, counts, known, least_typed=self._least_typed)
+        ledger.keep(answer, asked.epsilon, self._limit)
         log.info(
             "word_told",
             device=self._device,

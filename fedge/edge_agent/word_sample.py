@@ -1,7 +1,8 @@
 """One word of all that was typed on this device, and the noisy bucket that is told of it.
 
-The word is drawn by how often it was typed, of those typed often enough: what was typed once or
-twice, a name or a password, is not even drawn. Only words of the training side are: the hold-out is
+The word is drawn by how often it was typed, of those typed often enough, which whoever asks and
+whoever owns the device both have a say in: what was typed less often than either wants, a name or a
+password, is not even drawn. Only words of the training side are: the hold-out is
 for measuring. Knows no network; the noise is `word_reports`'.
 """
 
@@ -63,9 +64,14 @@ def answer_to(
     counts: Mapping[str, int],
     known: Container[str],
     draw: Draw = secrets.randbelow,
+    *,
+    least_typed: int = 1,
 ) -> WordCountAnswer:
-    """A fresh answer, of a word and with a noise that are drawn now; made once for a campaign."""
-    word = drawn_word(counts, asked.least_typed, known, draw)
+    """A fresh answer, of a word and with a noise that are drawn now; made once for a campaign.
+
+    `least_typed`: the device's own; the larger one of both holds.
+    """
+    word = drawn_word(counts, max(asked.least_typed, least_typed), known, draw)
     key = draw(2 ** (8 * KEY_BYTES)).to_bytes(KEY_BYTES).hex()
     true = bucket_of(word, key, bucket_count(asked.epsilon))
     bucket = named_bucket(true, asked.epsilon, draw)

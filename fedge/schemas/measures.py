@@ -18,8 +18,15 @@ _LARGEST_EXPONENT = 700.0
 """Of e, that a float holds."""
 
 
+_ROUNDING = 1e-5
+"""How far float32 sums may be from what they are sums of, relatively."""
+
+
 class RatioSpec(BaseModel):
-    """A measure that is one metric's sum over another's, e to the power of it if `exponential`."""
+    """A measure that is one metric's sum over another's, e to the power of it if `exponential`.
+
+    What it is a ratio to is a count.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,11 +56,37 @@ def measured(
         total = sums.get(name if ratio is None else ratio.numerator, math.nan)
         over = float(examples) if ratio is None else sums.get(ratio.denominator, 0.0)
         value = total / over if over else math.nan
-        if ratio is not None and ratio.exponential and value < _LARGEST_EXPONENT:
-            value = math.exp(value)
+        if ratio is not None and ratio.exponential:
+            value = math.exp(value) if value < _LARGEST_EXPONENT else math.inf
         if math.isfinite(value):
             found[name] = value
     return found
+
+
+def impossible(
+    sums: Mapping[str, float], examples: int, metrics: Sequence[str], ratios: Sequence[RatioSpec]
+) -> str | None:
+    """Why nobody can have found these sums over so many examples; None if somebody may have.
+
+    A count is 0, or 1 and more, and a share is from 0 to 1. Of other measures nothing is known.
+    """
+    for ratio in ratios:
+        count = sums.get(ratio.denominator, 0.0)
+        if count < 0 or 0 < count < 1 - _ROUNDING:
+            return f"{ratio.denominator} is {count:g}, which is no count"
+    shares = {
+        ratio.name: (sums.get(ratio.numerator, 0.0), sums.get(ratio.denominator, 0.0))
+        for ratio in ratios
+        if not ratio.exponential
+    }
+    alone = set(measure_names(metrics, ratios)) - {ratio.name for ratio in ratios}
+    shares |= {name: (sums.get(name, 0.0), float(examples)) for name in alone}
+    for name, (part, whole) in sorted(shares.items()):
+        if not is_share(name):
+            continue
+        if not -_ROUNDING * whole <= part <= (1 + _ROUNDING) * whole:
+            return f"{name} is {part:g} of {whole:g}, which is no share"
+    return None
 
 
 def is_share(name: str) -> bool:

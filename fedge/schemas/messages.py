@@ -428,11 +428,24 @@ class TrialReason(StrEnum):
     """The agent or its training process was killed in the midst, again and again."""
 
 
+MOST_MEASURED = 1e9
+"""What a trial measures is said within this either way: sums and medians stay finite."""
+
+
+def _within_measure(value: float) -> float:
+    return max(-MOST_MEASURED, min(MOST_MEASURED, value))
+
+
+Measured = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_within_measure)]
+
+
 class TrialReport(Message):
     """What became of a candidate on a device. Said again until it is counted.
 
-    `latency_ms`: of one example. `loss_ratio`: its loss over that of the version before, None if it
-    was not measured; `detail` says why, or what was found.
+    `reason`: if it was rolled back, else None. `latency_ms`: of one example. `loss_ratio`: its loss
+    over that of the version before, None if it was not measured; `detail` says why, or what was
+    found. Either number is said no larger than `MOST_MEASURED`: a version that has gone to pieces
+    must be reported, too.
     """
 
     rollout: RolloutNumber
@@ -440,9 +453,15 @@ class TrialReport(Message):
     outcome: TrialOutcome
     reason: TrialReason | None = None
     detail: Detail = ""
-    latency_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    loss_ratio: Finite | None = None
+    latency_ms: Annotated[Measured, Field(ge=0)] | None = None
+    loss_ratio: Measured | None = None
     hold_out: Count | None = None
+
+    @model_validator(mode="after")
+    def _reason_if_it_was_rolled_back(self) -> TrialReport:
+        if (self.outcome is TrialOutcome.ROLLED_BACK) != (self.reason is not None):
+            raise ValueError("a reason goes with the outcome rolled_back, and with no other")
+        return self
 
 
 class WordCountAnswer(Message):

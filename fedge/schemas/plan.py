@@ -24,7 +24,7 @@ from fedge.schemas.blobs import BlobRef
 from fedge.schemas.errors import PlanRefused
 from fedge.schemas.features import FeatureSpec, TargetSpec, WordFeatures
 from fedge.schemas.ids import Digest, sha256
-from fedge.schemas.measures import MetricName, RatioSpec, measure_names, measured
+from fedge.schemas.measures import MetricName, RatioSpec, impossible, measure_names, measured
 from fedge.schemas.tensor_spec import TensorSpec
 
 MAX_MANIFEST_BYTES = 1024 * 1024
@@ -184,6 +184,10 @@ class PlanManifest(_Frozen):
     def measured(self, sums: Mapping[str, float], examples: int) -> dict[str, float]:
         """Sums of the metrics over so many examples → the measures of `fedge.schemas.measures`."""
         return measured(sums, examples, self.metrics, self.ratios)
+
+    def impossible(self, sums: Mapping[str, float], examples: int) -> str | None:
+        """See `measures.impossible`."""
+        return impossible(sums, examples, self.metrics, self.ratios)
 
     @property
     def update_specs(self) -> tuple[TensorSpec, ...]:

@@ -11,7 +11,9 @@ The privacy is that of the drawing alone and asks nothing of the hash: whatever 
 no report is more than e^epsilon times as likely as with anything else. The counting asks that two
 words meet in one bucket as often as chance has it, which the hash keeps for any two (Thorup 2015,
 "High Speed Hashing for Integers and Strings", section 3.3): 64-bit digests, as two halves each, to
-the upper half of `a·low + b·high + c`, with a, b, c drawn from all 64-bit numbers.
+the upper half of `a·low + b·high + c`, with a, b, c as good as drawn from all 64-bit numbers. They
+are the digest of what is drawn and told: who could choose them would choose a function that throws
+all words into one bucket, and lift them all with one report.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ MAX_EPSILON = 10.0
 Epsilon = Annotated[float, Field(ge=MIN_EPSILON, le=MAX_EPSILON, allow_inf_nan=False)]
 """The privacy parameter of one report; the buckets of the largest are 22,027."""
 HashKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{48}$")]
-"""a, b and c of a hash function, each 16 digits."""
+"""Of which a hash function is made; 24 random bytes."""
 
 NOTHING = ""
 """What a device draws that has no word to draw: no word is empty, and taking part says nothing."""
@@ -68,7 +70,9 @@ def digest_of(word: str) -> int:
 
 def numbers_of(key: HashKey) -> tuple[int, int, int]:
     """a, b and c of a hash function."""
-    return int(key[:16], 16), int(key[16:32], 16), int(key[32:], 16)
+    drawn = hashlib.blake2b(bytes.fromhex(key), digest_size=24, person=b"fedge word keys").digest()
+    a, b, c = (int.from_bytes(drawn[at : at + 8]) for at in (0, 8, 16))
+    return a, b, c
 
 
 def edge_of(bucket: int, buckets: int) -> int:

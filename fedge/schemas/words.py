@@ -32,20 +32,37 @@ MAX_VOCABULARY_BYTES = 16 * 1024 * 1024
 _TOKEN = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 """Letters and digits, joined by apostrophes or hyphens: don't, l'eau, well-known, 24."""
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
-_SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|[\u3002\n]+")
+# Each run of signs is tried once, from its first: tried from each, a long run takes its square.
+_SENTENCE_END = re.compile(r"(?<![.!?])[.!?]+(?=\s|$)|[\u3002\n]+")
+_MARKS_IN_A_ROW = 30
+"""As in Unicode's stream-safe format (UAX 15, section 13): no language has more on one letter, and
+putting a heap of them in order takes its square."""
 _APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u2010": "-"})
 
 
 def normalised(text: str) -> str:
     """The text as it is compared: NFKC, lower case, one kind of apostrophe, no control characters.
 
-    Whitespace becomes single spaces, but for line ends, which end a sentence.
+    Whitespace becomes single spaces, but for line ends, which end a sentence. Of marks on one
+    letter the first 30 are read.
     """
     plain = "".join(c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
+    if not plain.isascii():
+        plain = _without_heaps(plain)
     folded = unicodedata.normalize("NFKC", plain).translate(_APOSTROPHES).casefold()
     # Folding can take a letter apart again.
     lines = unicodedata.normalize("NFKC", folded).splitlines()
     return "\n".join(line for line in (" ".join(line.split()) for line in lines) if line)
+
+
+def _without_heaps(text: str) -> str:
+    kept, marks = [], 0
+    for c in text:
+        # The two voicing marks of half width are letters by category, and become marks.
+        marks = marks + 1 if unicodedata.category(c)[0] == "M" or c in "\uff9e\uff9f" else 0
+        if marks <= _MARKS_IN_A_ROW:
+            kept.append(c)
+    return "".join(kept)
 
 
 def sentences(text: str) -> Iterator[list[str]]:

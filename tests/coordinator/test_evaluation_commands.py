@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from pydantic import BaseModel
 
 from fedge.coordinator.cli import cli
+from fedge.coordinator.reports import print_json
 from fedge.coordinator.store import PlanRecord, Store
 from fedge.schemas.blobs import describe
 from fedge.schemas.messages import EvaluationResult, EvaluationStatus, EvaluationSums
@@ -121,3 +124,33 @@ def test_an_evaluation_that_is_not_there_is_named(folder: Path) -> None:
 )
 def test_what_cannot_be_meant_is_refused(folder: Path, options: list[str]) -> None:
     assert run(folder, "evaluate", *options).exit_code == 2
+
+
+def test_json_holds_no_number_that_json_has_not(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"far": math.inf, "near": [math.nan, -math.inf, 1.5], "sum": Measure(math.inf)})
+    said = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert said == {"far": None, "near": [None, None, 1.5], "sum": {"value": None}}
+
+
+class Measure(BaseModel):
+    """A record of pydantic's, which holds what it is given."""
+
+    value: float
+
+    def __init__(self, value: float) -> None:
+        super().__init__(value=value)
+
+
+def test_a_measure_that_was_left_out_is_told(folder: Path) -> None:
+    with Store.open(folder / "state") as store:
+        store.request_evaluation(0, wanted=2, deadline_s=60.0, seed=1, at=2000.0)
+        store.open_evaluation(2, at=2001.0, until=2061.0)
+        store.record_evaluation_asked(2, ["far", "near"], at=2002.0)
+        for name, loss in (("near", 2.0), ("far", 1e13)):
+            said = measured(10, loss=loss).model_copy(update={"evaluation": 2})
+            store.record_evaluation_answer(name, said, at=2003.0)
+    shown = run(folder, "evaluation", "show", "2").output
+    assert "left out: measures of 1 devices beyond 1e+12" in shown
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["loss", *["2.0000"] * 9] in lines
+    assert json.loads(run(folder, "evaluation", "show", "2", "--json").output)["beyond_reason"] == 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedge.coordinator.evaluation_desk import EvaluationDesk
+from fedge.coordinator.evaluation_desk import LOOK_SOON_S, EvaluationDesk
 from fedge.coordinator.evaluations import (
     AGAIN_S,
     ASKED_A_SECOND,
@@ -36,8 +36,10 @@ from fedge.schemas.messages import (
     EvaluationSums,
 )
 from tests.coordinator.test_store import PLAN, version
+from tests.coordinator.updates import LINEAR, manifest_of
 
 NEWEST = 2
+MANIFEST = manifest_of(LINEAR).model_copy(update={"metrics": ("accuracy",)})
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ class Bench:
         return EvaluationDesk(
             store=self.store,
             plan=PLAN.ref,
-            metrics=["accuracy"],
+            manifest=MANIFEST,
             distribution=self,
             succession=SimpleNamespace(newest=version(NEWEST)),
             journal=SimpleNamespace(
@@ -202,8 +204,10 @@ def test_who_has_no_hold_out_is_replaced_and_who_failed_is_not(store) -> None:
         await bench.begin()
         first, second, third = bench.asked()
         await bench.answer(first, status=EvaluationStatus.NO_HOLD_OUT)
+        await bench.pass_time(LOOK_SOON_S)
         assert len(bench.asked()) == 4
         await bench.answer(second, status=EvaluationStatus.FAILED, detail="why")
+        await bench.pass_time(LOOK_SOON_S)
         assert len(bench.asked()) == 4
         await bench.answer(third)
         await bench.answer(bench.asked()[3])
@@ -261,6 +265,36 @@ def test_a_large_fleet_is_not_asked_again_all_the_time() -> None:
     assert state.again_at == AGAIN_S + 5000 / ASKED_A_SECOND
 
 
+def test_many_answers_cost_a_look_a_second_and_not_a_look_each(store, monkeypatch) -> None:
+    """Each look takes as long as the fleet is large."""
+    request(store, wanted=100)
+    looks: list[int] = []
+
+    def counted(state, event, now):
+        looks.append(len(getattr(event, "answers", ())))
+        return step(state, event, now)
+
+    monkeypatch.setattr("fedge.coordinator.evaluation_desk.evaluations.step", counted)
+
+    async def scenario(bench: Bench) -> None:
+        fleet = [f"d{number}" for number in range(120)]
+        bench.online = frozenset(fleet)
+        await bench.begin()
+        looks.clear()
+        asked = bench.asked()
+        for at, device in enumerate(asked):
+            bench.desk.answered(device, result())
+            bench.desk.answered(device, result())
+            if at % 25 == 24:
+                await bench.settle()
+                await bench.pass_time(LOOK_SOON_S)
+        assert bench.report().evaluation.reason == ENOUGH
+        # The last look is the one that finds that it is enough.
+        assert looks == [25, 25, 25, 25]
+
+    play(store, scenario)
+
+
 def test_who_is_silent_is_asked_again_and_an_answer_counts_once(store) -> None:
     request(store)
 
@@ -307,8 +341,10 @@ def test_late_answers_and_those_of_strangers_are_refused(store) -> None:
         {"number": 0},
         {"sums": EvaluationSums(examples=7, rows=9, loss_sum=1.0, metrics={})},
         {"personal": EvaluationSums(examples=8, rows=8, loss_sum=1.0, metrics={"accuracy": 1.0})},
+        {"sums": EvaluationSums(examples=7, rows=9, loss_sum=1.0, metrics={"accuracy": 9.5})},
+        {"sums": EvaluationSums(examples=7, rows=9, loss_sum=1.0, metrics={"accuracy": -1.0})},
     ],
-    ids=["another version", "other metrics", "other examples"],
+    ids=["another version", "other metrics", "other examples", "above all", "below none"],
 )
 def test_an_answer_that_cannot_be_right_counts_as_failed_and_is_not_asked_for_again(
     store, changes
@@ -410,6 +446,7 @@ def test_without_anybody_it_waits_for_somebody_until_the_deadline(store) -> None
         await bench.pass_time(1.0)
         assert bench.asked() == ["x"]
         await bench.answer("x")
+        await bench.pass_time(LOOK_SOON_S)
         assert bench.report().evaluation.reason == NOBODY_LEFT
 
     play(store, scenario, devices="")

@@ -127,3 +127,87 @@ def test_every_device_is_in_one_bin_and_quantiles_are_in_order(devices):
         assert math.isfinite(measure.device_mean)
     total = math.fsum(loss for _, loss, _ in devices) / sum(rows for rows, _, _ in devices)
     assert by_name(found)["loss"].mean == pytest.approx(total, rel=1e-12)
+
+
+def hostile(hits: float, words: float, nats: float = 1.0, rows: int = 20, loss: float = 20.0):
+    metrics = {"accuracy": 1.0, "hits": hits, "words": words, "nats": nats}
+    return EvaluationSums(examples=rows, rows=rows, loss_sum=loss, metrics=metrics)
+
+
+def figures(found) -> list[float]:
+    """Every number of a report but the counts."""
+    numbers = []
+    for one in found.measures:
+        numbers += [one.device_mean, *one.quantiles.values()]
+        numbers += [
+            one.histogram.low,
+            one.histogram.high,
+            *([] if one.mean is None else [one.mean]),
+        ]
+    for gain in found.gains:
+        numbers += [gain.mean_difference, gain.better]
+    return numbers + [value for one in found.by_device for value in one.measures.values()]
+
+
+@pytest.mark.parametrize(
+    ("answers", "beyond"),
+    [
+        ([answer(name, hostile(1.7e8, 1e-300)) for name in "ab"], 2),
+        ([answer("a", hostile(1e8, 1e-300)), answer("b", hostile(-1e8, 1e-300))], 2),
+        ([answer("a", hostile(-1e8, 1e-300), hostile(1e8, 1e-300))], 1),
+        ([answer("a", hostile(1.0, 20.0, loss=1e15))], 1),
+    ],
+    ids=["infinite together", "too far apart", "an infinite gain", "a loss"],
+)
+def test_what_is_beyond_all_reason_is_left_out_and_told(answers, beyond):
+    honest = answer("honest", hostile(5.0, 20.0))
+    found = fleet_measures(MANIFEST, [honest, *answers])
+    assert found.beyond_reason == beyond
+    assert all(map(math.isfinite, figures(found)))
+    assert found.devices == 1 + len(answers)
+    assert by_name(found)["top1_recall"].quantiles["max"] == 0.25
+    assert by_name(found)["top1_recall"].mean == pytest.approx(0.25)
+
+
+any_sum = st.one_of(
+    st.floats(-1e15, 1e15), st.sampled_from([0.0, 1e-300, -1e-300, 5e-324, 1e15, -1e15])
+)
+any_sums = st.builds(hostile, any_sum, any_sum, any_sum, st.integers(1, 10**6), any_sum)
+
+
+@given(st.lists(st.tuples(any_sums, st.none() | any_sums), min_size=1, max_size=8))
+def test_whatever_devices_say_every_figure_is_a_number(said):
+    answers = [answer(f"d{at}", own, personal) for at, (own, personal) in enumerate(said)]
+    found = fleet_measures(MANIFEST, answers)
+    assert all(map(math.isfinite, figures(found)))
+    for measure in found.measures:
+        assert sum(measure.histogram.counts) == measure.devices <= len(said)
+
+
+@pytest.mark.parametrize(
+    ("sums", "why"),
+    [
+        (hostile(1.0, 1e-300), "words is 1e-300, which is no count"),
+        (hostile(1.0, -3.0), "words is -3, which is no count"),
+        (hostile(4.0, 3.0), "top1_recall is 4 of 3, which is no share"),
+        (hostile(-1.0, 3.0), "top1_recall is -1 of 3, which is no share"),
+        (hostile(0.0, 3.0).model_copy(update={"metrics": {"accuracy": 21.0}}), "accuracy is 21 of"),
+    ],
+)
+def test_sums_that_nobody_can_have_found_are_named(sums, why):
+    assert why in (MANIFEST.impossible(sums.metrics, sums.rows) or "")
+
+
+def test_sums_that_somebody_may_have_found_are_let_in():
+    for possible in (hostile(0.0, 0.0), hostile(3.0, 3.0), hostile(2.9999, 2.99999, nats=1e9)):
+        assert MANIFEST.impossible(possible.metrics, possible.rows) is None
+
+
+def test_a_perplexity_that_no_number_holds_is_left_out_and_not_shown_as_a_small_one():
+    def perplexity(nats: float) -> float | None:
+        sums = {"nats": nats, "words": 1.0}
+        return MANIFEST.measured(sums, 1).get("perplexity")
+
+    assert perplexity(699.0) == pytest.approx(math.exp(699.0))
+    assert perplexity(701.0) is None
+    assert perplexity(1e15) is None

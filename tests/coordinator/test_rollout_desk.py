@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 
 from fedge.coordinator.publisher import Publisher
 from fedge.coordinator.rollout_desk import RolloutDesk
+from fedge.coordinator.rollout_reports import RolloutReport, show
 from fedge.coordinator.rollouts import Phase, ServingMode, Wish
 from fedge.coordinator.settings import RolloutSettings
 from fedge.coordinator.store import DeviceSighting, Store
@@ -46,18 +48,29 @@ def store(tmp_path):
         plan = put_plan(opened)
         for number in range(3):
             put_version(opened, plan, number)
-        opened.record_devices([DeviceSighting(name, 1e12, online=True) for name in DEVICES])
+        born(opened, DEVICES)
         yield opened
+
+
+def born(store: Store, names: list[str], at: float = 1e12, *, online: bool = True) -> None:
+    store.record_devices([DeviceSighting(name, at, boot=1, online=online) for name in names])
 
 
 class Life:
     """One life of a desk, over a broker that keeps what is retained."""
 
-    def __init__(self, store: Store, broker: MemoryBroker, mode: ServingMode) -> None:
+    def __init__(
+        self,
+        store: Store,
+        broker: MemoryBroker,
+        mode: ServingMode,
+        settings: RolloutSettings = SETTINGS,
+    ) -> None:
         self.store = store
         self.now = 0.0
+        self.wall = 1e12
         self.kept: list[str] = []
-        self.published = 0
+        self.all_known = True
         self.link = broker.link(f"coordinator-{random.random()}")
         self.workers = Workers()
         self.publisher = Publisher(self.link, self.link, Topics("p"), store.blobs)
@@ -65,15 +78,16 @@ class Life:
         self.desk = RolloutDesk(
             "p",
             mode=mode,
-            terms=SETTINGS.terms(),
+            terms=settings.terms(),
             store=store,
             workers=self.workers,
             distribution=distribution,
             publisher=self.publisher,
             newest=self._newest,
             publish=lambda: None,
+            all_known=lambda: self.all_known,
             clock=lambda: self.now,
-            wall_clock=lambda: 1e12,
+            wall_clock=lambda: self.wall,
         )
 
     def _keep(self, refs: Any) -> None:
@@ -145,8 +159,14 @@ async def world(store: Store) -> AsyncIterator[Any]:
     listening = asyncio.create_task(observer.hear())
     lives: list[Life] = []
 
-    async def begin(mode: ServingMode = ServingMode.MANUAL) -> Life:
-        life = Life(store, broker, mode)
+    async def begin(
+        mode: ServingMode = ServingMode.MANUAL,
+        *,
+        all_known: bool = True,
+        settings: RolloutSettings = SETTINGS,
+    ) -> Life:
+        life = Life(store, broker, mode, settings)
+        life.all_known = all_known
         lives.append(life)
         await life.link.start()
         await life.desk.recover()
@@ -309,3 +329,141 @@ def test_the_mode_every_says_nothing_and_takes_back_what_was_said(store) -> None
             assert 'mode = "every"' in store.rollout(1).reason
 
     asyncio.run(scenario())
+
+
+def test_a_restored_coordinator_reaches_a_share_of_its_fleet_and_not_of_the_first_who_come(
+    store,
+) -> None:
+    """`fedge db restore` sets everybody offline; the newest version is rolled out in `recover`."""
+    names = [f"n{number}" for number in range(1000)]
+    with store.database.write() as connection:
+        connection.exec_driver_sql("DELETE FROM devices")
+    born(store, names, 1e12 - 2 * 86400, online=False)
+
+    async def scenario() -> None:
+        async with world(store) as here:
+            store.serve_in_stages()
+            put_version(store, store.plan(store.version(0).plan_sha256), 3)
+            life = await here.begin(ServingMode.STAGED, all_known=False, settings=RolloutSettings())
+            await life.look(1.0)
+            # Begun, announced, and nobody is reached before the roll has ended.
+            assert here.observer.said == (2, 1, 3, CandidatePhase.RUNNING)
+            assert here.observer.candidate.share == 0.0
+            assert life.desk._wait_s() == 1.0
+            born(store, names[:40])
+            life.all_known = True
+            reached = []
+            for _ in range(2):
+                await life.look(10.0)
+                await here.settle()
+                share = here.observer.candidate.share
+                reached.append(sum(place_of("p", 1, name) < share for name in names))
+                born(store, names)
+            assert reached == [10, 10]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("wish", [Wish.ABORT, Wish.PAUSE])
+def test_a_command_that_comes_between_the_look_and_the_record_is_carried_out(
+    store, monkeypatch, wish
+) -> None:
+    async def scenario() -> None:
+        async with world(store) as here:
+            life = await here.begin()
+            store.start_rollout(1, SETTINGS.terms(straight=True), at=1.0)
+            await life.look()
+            await life.report_reached(1, 1)
+            await life.look()
+            keep, kept = store.keep_rollout, []
+
+            def late(record: Any) -> bool:
+                if not kept:
+                    # What `fedge rollout abort` says is accepted: "is taken back".
+                    assert record.phase is Phase.DONE
+                    store.wish_of_rollout(wish, "second thoughts")
+                kept.append(keep(record))
+                return kept[-1]
+
+            monkeypatch.setattr(store, "keep_rollout", late)
+            await life.look(60.0)
+            await here.settle()
+            assert kept == [False, True]
+            assert store.stable_version() == 2
+            if wish is Wish.ABORT:
+                assert store.rollout(1).phase is Phase.ABORTED
+                assert here.observer.said == (2, 1, 1, CandidatePhase.WITHDRAWN)
+                return
+            assert here.observer.said == (2, 1, 1, CandidatePhase.PAUSED)
+            # The time before the pause counts.
+            store.wish_of_rollout(Wish.RUN)
+            await life.look()
+            await life.look()
+            assert (store.rollout(1).phase, store.rollout(1).reason) == (Phase.DONE, "")
+
+    asyncio.run(scenario())
+
+
+def test_a_name_that_nobody_was_born_with_counts_for_nothing(store) -> None:
+    async def scenario() -> None:
+        async with world(store) as here:
+            life = await here.begin()
+            store.start_rollout(1, SETTINGS.terms(straight=True), at=1.0)
+            # Whoever may publish can make up names; what they sent is all that is known of them.
+            store.record_devices(
+                [DeviceSighting(f"invented-{n}", 1e12, online=True) for n in range(50)]
+            )
+            await life.look()
+            assert store.rollout(1).reached == len(DEVICES)
+            for number in range(50):
+                with pytest.raises(PeerError, match="no birth of invented"):
+                    await life.report(f"invented-{number}", 1, 1, TrialReason.PARITY)
+            await life.look()
+            assert store.rollout(1).phase is Phase.RUNNING
+            assert store.trials(1) == ()
+            born(store, ["late"])
+            assert (await life.report("late", 1, 1)).rollout == 1
+
+    asyncio.run(scenario())
+
+
+def test_who_was_reached_and_fell_silent_is_shown_and_not_replaced(store, capsys) -> None:
+    now = time.time()
+    names = [f"n{number}" for number in range(40)]
+    with store.database.write() as connection:
+        connection.exec_driver_sql("DELETE FROM devices")
+    born(store, names, now)
+
+    async def scenario() -> None:
+        async with world(store) as here:
+            life = await here.begin()
+            life.wall = now
+            store.start_rollout(1, SETTINGS.terms(), at=now)
+            await life.look()
+            record = store.rollout(1)
+            reached = [name for name in names if place_of("p", 1, name) < record.share]
+            assert len(reached) == record.reached == 10
+            born(store, reached, now + 1, online=False)
+            others = [name for name in names if name not in reached]
+            for day in range(1, 4):
+                life.wall = now + day * 86400 + 2
+                born(store, others, life.wall)
+                await life.look(86400.0)
+            assert store.rollout(1).share == record.share
+            await life.report(reached[0], 1, 1)
+            report = RolloutReport.of(
+                store,
+                store.rollout(1),
+                population="p",
+                mode=ServingMode.MANUAL,
+                running=True,
+                now=life.wall,
+            )
+            assert report.vanished == tuple(sorted(reached[1:]))
+            assert report.wanted == 1  # `min_devices` of SETTINGS
+            show(report, as_json=False)
+
+    asyncio.run(scenario())
+    said = capsys.readouterr().out
+    assert "vanished: 9 gave no answer and were not seen for a day" in said
+    assert "none is connected, and time does not count" in said

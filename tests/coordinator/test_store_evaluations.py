@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from fedge.coordinator.old_state import Place
-from fedge.coordinator.store import Collected, EvaluationAnswer, Retention, Store
+from fedge.coordinator.store import Collected, EvaluationAnswer, PlanRecord, Retention, Store
 from fedge.schemas.errors import ConfigError, PeerError, RejectReason
 from fedge.schemas.messages import EvaluationResult, EvaluationStatus, EvaluationSums
-from tests.coordinator.states import closed_round, put_plan, put_version
+from tests.coordinator.states import closed_round, put, put_plan, put_version
 from tests.coordinator.test_backup import back_up, fill, opened, restore
 from tests.coordinator.test_store import PLAN, version
+from tests.coordinator.updates import LINEAR, manifest_of
 
 REPOSITORY = Path(__file__).parents[2]
 SUMS = EvaluationSums(examples=7, rows=9, loss_sum=4.5, metrics={"accuracy": 6.0})
@@ -219,3 +220,16 @@ def test_a_restored_state_has_its_evaluations_and_closes_those_that_were_open(
         assert second.evaluation.closed_at is not None
         assert second.evaluation.reason.startswith("restored from the backup")
         assert [one.device for one in second.answers] == ["pi-1"]
+
+
+def test_a_version_of_an_earlier_plan_is_refused_before_anybody_is_asked(filled):
+    other = put(filled, manifest_of(LINEAR).model_copy(update={"metrics": ("accuracy",)}).encode())
+    plan = PlanRecord(other, task="test", task_fingerprint="f00d", created_at=2.0)
+    filled.record_plan(plan)
+    put_version(filled, plan, 6)
+    with pytest.raises(
+        ConfigError, match=r"version 5 is of another plan than the newest, 6: .*quantization"
+    ):
+        request(filled, 5)
+    assert filled.evaluations() == ()
+    assert request(filled).version == 6

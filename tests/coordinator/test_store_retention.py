@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from fedge.coordinator.export import export_model, rolled_back
+from fedge.coordinator.rollouts import Phase
+from fedge.coordinator.settings import RolloutSettings
 from fedge.coordinator.store import (
     Collected,
     DeviceSighting,
@@ -18,6 +21,7 @@ from fedge.coordinator.store import (
 )
 from fedge.coordinator.store.blobs import FRESH_PUTS
 from fedge.schemas.errors import ConfigError, RejectReason, StoreError
+from fedge.schemas.messages import TrialOutcome, TrialReport, WordCountAnswer
 from tests.coordinator.states import PARTS, closed_round, make_old, put, put_plan, put_version
 from tests.coordinator.test_store import a_round, contribution
 from tests.coordinator.test_store_async import asynchronous
@@ -214,3 +218,61 @@ def test_devices_that_were_not_seen_for_long_are_forgotten(filled):
     assert filled.collectable(wish, now=now).devices == 1
     assert filled.collect(wish, now=now).devices == 1
     assert [d.name for d in filled.devices()] == ["lately", "still-here"]
+
+
+def tried(store, version, *, ended=Phase.ABORTED):
+    """A rollout of a version, tried by one device; `ended` None: it is open."""
+    made = store.start_rollout(version, RolloutSettings().terms(straight=True), at=1.0)
+    report = TrialReport(rollout=made.number, version=version, outcome=TrialOutcome.ACTIVE)
+    store.count_trial("pi-1", report, at=2.0)
+    if ended is not None:
+        store.keep_rollout(dataclasses.replace(made, phase=ended, reason="why", ended_at=3.0))
+    return made.number
+
+
+def test_the_newest_rollouts_are_kept_and_what_the_next_ones_depend_on(filled):
+    filled.serve_in_stages()
+    done = tried(filled, 2, ended=Phase.DONE)
+    highest = [tried(filled, 4) for _ in range(3)][-1]
+    older = [tried(filled, number) for number in (1, 3, 1, 3)]
+    is_open = tried(filled, 3, ended=None)
+    assert filled.collect(ALL, now=time.time()) == Collected()
+    wish = Retention(rollouts=2)
+    assert filled.collectable(wish, now=time.time()) == Collected(rollouts=4)
+    assert filled.collect(wish, now=time.time()) == Collected(rollouts=4)
+    # The one of the stable version and the last of the highest that was tried, which would else be
+    # tried by itself again.
+    assert [one.number for one in filled.rollouts()] == [done, highest, *older[2:], is_open]
+    assert filled.newest_tried() == 4
+    assert filled.stable_version() == 2
+    assert [len(filled.trials(number)) for number in (done, older[0], older[3])] == [1, 0, 1]
+    assert filled.collect(wish, now=time.time()) == Collected()
+    filled.keep_rollout(
+        dataclasses.replace(filled.newest_rollout(), phase=Phase.ABORTED, ended_at=4.0)
+    )
+    assert filled.collect(Retention(rollouts=1), now=time.time()).rollouts == 2
+    assert tried(filled, 1) == is_open + 1
+
+
+def test_the_newest_word_counts_are_kept_and_open_ones(filled):
+    def ask():
+        return filled.request_word_count(
+            epsilon=4.0, least_typed=3, new_only=False, deadline_s=60.0, at=1.0
+        )
+
+    for number in range(1, 6):
+        ask()
+        record = filled.open_word_count(at=2.0)
+        said = WordCountAnswer(campaign=record.campaign, key="0" * 48, bucket=number)
+        filled.record_word_report("pi-1", said, at=3.0)
+        if number < 5:
+            filled.close_word_count(number, "over", at=4.0)
+    assert filled.collect(ALL, now=time.time()) == Collected()
+    wish = Retention(word_counts=1)
+    assert filled.collectable(wish, now=time.time()) == Collected(word_counts=3)
+    assert filled.collect(wish, now=time.time()) == Collected(word_counts=3)
+    assert [(one.number, devices) for one, devices in filled.word_counts()] == [(4, 1), (5, 1)]
+    assert filled.word_reports(3) == ()
+    assert [one.bucket for one in filled.word_reports(4)] == [4]
+    assert filled.collect(wish, now=time.time()) == Collected()
+    assert ask().number == 6

@@ -11,6 +11,7 @@ from fedge.coordinator.backup import make_backup
 from fedge.coordinator.checkup import check
 from fedge.coordinator.old_state import Place
 from fedge.coordinator.restore import restore_backup
+from fedge.coordinator.rollout_fleet import KnownDevice
 from fedge.coordinator.rollouts import Phase, Wish
 from fedge.coordinator.settings import RolloutSettings
 from fedge.coordinator.store import Retention, Store
@@ -110,9 +111,30 @@ def test_a_wish_and_what_the_coordinator_keeps_do_not_overwrite_one_another(stor
         store.wish_of_rollout(Wish.PAUSE)
     made = store.start_rollout(1, TERMS, at=5.0)
     store.wish_of_rollout(Wish.ABORT, "second thoughts")
-    store.keep_rollout(dataclasses.replace(made, share=0.5))
-    kept = store.newest_rollout()
-    assert (kept.wish, kept.reason, kept.share) == (Wish.ABORT, "second thoughts", 0.5)
+    done = dataclasses.replace(made, phase=Phase.DONE, share=1.0, ended_at=9.0)
+    assert not store.keep_rollout(done)
+    asked = store.newest_rollout()
+    assert asked == dataclasses.replace(made, wish=Wish.ABORT, reason="second thoughts")
+    assert store.stable_version() == 3
+    for wish in (Wish.PAUSE, Wish.RUN):
+        with pytest.raises(ConfigError, match="rollout 1 is to be aborted already"):
+            store.wish_of_rollout(wish)
+    assert store.newest_rollout() == asked
+    assert store.keep_rollout(dataclasses.replace(asked, phase=Phase.ABORTED, ended_at=9.0))
+    assert store.newest_rollout().reason == "second thoughts"
+
+
+def test_a_reason_does_not_outlive_its_wish(store) -> None:
+    store.serve_in_stages()
+    made = store.start_rollout(1, TERMS, at=5.0)
+    # As an earlier release could leave it: aborted, then resumed before it was carried out.
+    store.keep_rollout(dataclasses.replace(made, reason="aborted by the operator"))
+    store.wish_of_rollout(Wish.PAUSE)
+    assert store.newest_rollout().reason == ""
+    store.wish_of_rollout(Wish.RUN)
+    now = store.newest_rollout()
+    assert store.keep_rollout(dataclasses.replace(now, phase=Phase.DONE, ended_at=9.0))
+    assert (store.newest_rollout().phase, store.newest_rollout().reason) == (Phase.DONE, "")
 
 
 def test_a_device_is_counted_once_in_a_rollout(store) -> None:
@@ -161,17 +183,21 @@ def test_the_mode_every_ends_what_is_open_and_says_why(store) -> None:
     assert store.stable_version() is None
 
 
-def test_devices_that_were_seen_lately_are_waited_for(store) -> None:
+def test_devices_are_known_by_their_birth_however_long_ago(store) -> None:
     from fedge.coordinator.store import DeviceSighting  # noqa: PLC0415 -- for this test
 
     store.record_devices(
         [
-            DeviceSighting("away", 100.0, online=False),
-            DeviceSighting("here", 100.0, online=True),
-            DeviceSighting("seen", 900.0, online=False),
+            DeviceSighting("away", 100.0, boot=3, online=False),
+            DeviceSighting("here", 900.0, boot=1, online=True),
+            DeviceSighting("invented", 900.0, online=True),
         ]
     )
-    assert sorted(store.devices_since(500.0)) == ["here", "seen"]
+    assert sorted(store.born_devices(), key=lambda one: one.name) == [
+        KnownDevice("away", online=False, last_seen_at=100.0),
+        KnownDevice("here", online=True, last_seen_at=900.0),
+    ]
+    assert [store.is_born(name) for name in ("away", "invented", "nobody")] == [True, False, False]
 
 
 def test_a_backup_has_the_rollouts_and_a_restored_state_begins_none_twice(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
+from sqlalchemy import select
 
 from fedge.coordinator.store import Store
+from fedge.coordinator.store.tables import word_count_answers
 from fedge.coordinator.word_estimates import WordReport
 from fedge.schemas.errors import PeerError, RejectReason
 from fedge.schemas.messages import WordCountAnswer
@@ -78,3 +82,48 @@ def test_it_is_there_after_a_restart(store, tmp_path, database_url):
     with Store.open(tmp_path / "state", database_url) as again:
         assert again.open_word_count(at=115.0).campaign == campaign
         assert again.word_reports(1) == (WordReport(KEY, 3),)
+
+
+def test_one_that_a_command_stops_while_it_is_opened_is_not_opened(store, monkeypatch):
+    first = request(store)
+    database, write = store.database, store.database.write
+
+    @contextlib.contextmanager
+    def stopped_before():
+        monkeypatch.setattr(database, "write", write)
+        store.close_word_count(first.number, "stopped by a command", at=101.0)
+        with write() as connection:
+            yield connection
+
+    monkeypatch.setattr(database, "write", stopped_before)
+    assert store.open_word_count(at=102.0) is None
+    [(kept, _)] = store.word_counts()
+    assert (kept.opened_at, kept.closed_at) == (None, 101.0)
+
+    second = request(store)
+    third = request(store)
+    first = second
+    monkeypatch.setattr(database, "write", stopped_before)
+    # The next one is begun instead.
+    assert store.open_word_count(at=103.0).number == third.number
+
+
+def test_who_told_what_is_forgotten_at_the_end(store):
+    campaign = request(store).campaign
+    store.open_word_count(at=101.0)
+    names = {f"pi-{number}" for number in range(20)}
+    for number, name in enumerate(sorted(names)):
+        store.record_word_report(name, answer(campaign, number % 8), at=110.0 + number)
+    told = sorted(store.word_reports(1), key=lambda one: one.bucket)
+    assert len(told) == 20
+
+    def rows():
+        with store.database.read() as connection:
+            return connection.execute(select(word_count_answers)).all()
+
+    assert {row.device for row in rows()} == names
+    store.close_word_count(1, "the deadline came", at=200.0)
+    assert sorted(store.word_reports(1), key=lambda one: one.bucket) == told
+    assert len({row.device for row in rows()} - names) == 20
+    assert {row.at for row in rows()} == {200.0}
+    assert [devices for _, devices in store.word_counts()] == [20]

@@ -178,3 +178,19 @@ def test_more_devices_and_less_privacy_see_more():
     assert shares == sorted(shares, reverse=True)
     costs = [visible_share(10_000, epsilon, 50_000) for epsilon in (1.0, 2.0, 4.0, 8.0)]
     assert costs == sorted(costs, reverse=True)
+
+
+@pytest.mark.parametrize("key", ["0" * 48, ("0" * 15 + "1") * 2 + "0" * 16, "8" + "0" * 47])
+def test_no_key_makes_a_hash_function_that_lifts_all_words(key):
+    """These, as multipliers, would throw all words into a bucket or two."""
+    seeded, epsilon, candidates = random.Random(28), 4.0, [f"w{number}" for number in range(5000)]
+    buckets = bucket_count(epsilon)
+    counts = support([WordReport(key, 0)], buckets, candidates)
+    sigma = math.sqrt(len(candidates) / buckets)
+    assert abs(int(counts.sum()) - len(candidates) / buckets) < 5 * sigma
+    honest = told_by({NOTHING: 1000}, epsilon, seeded)
+    liars = [WordReport(key, 0)] * 40
+    found = estimate(honest + liars, epsilon, candidates)
+    # One hash function is one device, however many name it.
+    assert found.devices == 1001
+    assert len(found.found) <= 1

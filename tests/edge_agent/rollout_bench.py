@@ -17,6 +17,7 @@ import pytest
 
 from fedge.edge_agent import activation, library
 from fedge.edge_agent.data.config import DataConfig
+from fedge.edge_agent.free_time import FreeTime
 from fedge.edge_agent.library import Library
 from fedge.edge_agent.rollout_follower import RolloutFollower
 from fedge.edge_agent.state import AgentState
@@ -166,6 +167,7 @@ class Device:
         self.said: list[Message] = []
         self.fetched: list[str] = []
         self.used: list[int] = []
+        self.received_bytes = 0
         path = folder / "data.npz"
         if not path.exists():
             x, y = examples(200)
@@ -185,30 +187,35 @@ class Device:
             feed=lambda _: None,
             report=self.send,
         )
-        trials = Trials(
+        free = FreeTime()
+        self.trials = Trials(
             "d",
             library=self.library,
             versions=self.versions,
+            memory=self.memory,
             trainer=self.trainer,
             storage=storage,
             data=None if hold_out == 0 else DataConfig(path=path, hold_out=hold_out),
-            limits=None,
+            typed=None,
             threads=1,
             until_idle=self.idle,
+            free=free,
         )
         self.follower = RolloutFollower(
             "p",
             "d",
             library=self.library,
             versions=self.versions,
-            trials=trials,
+            trials=self.trials,
             memory=self.memory,
             trainer=self.trainer,
             storage=storage,
             feed=lambda event: self.used.append(event.version),  # type: ignore[union-attr] -- Activated
             send=self.send,
             until_idle=self.idle,
+            free=free,
         )
+        self.follower.see(free=True)
         self.versions.recover()
 
     async def send(self, message: Message) -> None:
@@ -217,7 +224,7 @@ class Device:
     async def idle(self) -> None:
         return
 
-    async def fetch(self, refs: Iterable[BlobRef]) -> None:
+    async def fetch(self, refs: Iterable[BlobRef], *, for_a_round: bool = False) -> None:
         """As `Downloads.fetch`, from the site."""
         for ref in refs:
             await asyncio.sleep(0)
@@ -246,14 +253,17 @@ class Device:
     def reports(self) -> list[TrialReport]:
         return [one for one in self.said if isinstance(one, TrialReport)]
 
+    def _acts(self) -> bool:
+        return any(task.get_name() == "rollout-d" for task in asyncio.all_tasks())
+
     async def rest(self, *messages: Message) -> None:
         """Hears these and acts until nothing is left to do; raises `Killed` if it is killed."""
         self.hear(*messages)
         running = asyncio.create_task(self.follower.run())
         quiet = 0
-        while quiet < 3 and not running.done():
+        while quiet < (20 if self._acts() else 3) and not running.done():
             before = (len(self.said), len(self.used), len(self.trainer.jobs), len(self.fetched))
-            # Threads write files: a moment without any change is the end.
+            # Threads write files: a moment without any change is the end, a longer one if it acts.
             await asyncio.sleep(0.02)
             after = (len(self.said), len(self.used), len(self.trainer.jobs), len(self.fetched))
             quiet = quiet + 1 if before == after else 0
@@ -264,6 +274,13 @@ class Device:
             await running
 
 
+async def until(what: Callable[[], bool]) -> None:
+    """Returns when it is so; fails if it is not within ten seconds."""
+    async with asyncio.timeout(10):
+        while not what():  # noqa: ASYNC110 -- files and other tasks tell nobody
+            await asyncio.sleep(0.01)
+
+
 @contextlib.contextmanager
 def device(folder: Path, site: Site, **options: Any) -> Iterator[Device]:
     made = Device(folder, site, **options)
@@ -272,3 +289,23 @@ def device(folder: Path, site: Site, **options: Any) -> Iterator[Device]:
     finally:
         # What a killed process has open is closed by the kernel.
         made.memory.close()
+
+
+@pytest.fixture
+def site() -> Site:
+    """Version 5 is stable, 7 is better, 8 is worse, 9 is the base of training, and 10 the next."""
+    made = Site()
+    made.make(5, error=0.5)
+    made.make(7, error=0.25)
+    made.make(8, error=5.0)
+    made.make(9, error=0.1)
+    made.make(10, error=0.05)
+    return made
+
+
+async def settled(here: Device, site: Site) -> None:
+    """The device uses the stable version."""
+    await here.rest(site.newest(9), site.stable(5), site.candidate(5, rollout=0, share=0.0))
+    assert here.in_use == 5
+    here.said.clear()
+    here.used.clear()

@@ -191,6 +191,39 @@ def test_a_store_that_is_damaged_is_the_agents_failure_and_the_rest_goes_on(
     assert (status.status, status.json["kept"]) == (200, None)
 
 
+def test_everything_of_a_store_that_is_damaged_can_be_forgotten(service: Service) -> None:
+    service.ask("POST", EXAMPLES, {"text": "hunter2"})
+    path = service.settings.state_dir / FILE_NAME
+    path.write_bytes(b"no database, hunter2 " * 1000)
+    assert service.ask("DELETE", EXAMPLES, {"containing": "hunter2"}).status == 500
+    assert b"hunter2" in path.read_bytes()
+    reply = service.ask("DELETE", EXAMPLES, {"all": True})
+    assert (reply.status, reply.json["erased"]) == (200, True)
+    files = service.settings.state_dir.glob("examples.sqlite*")
+    assert not any(b"hunter2" in file.read_bytes() for file in files)
+    assert service.ask("POST", EXAMPLES, {"text": "after"}).status == 201
+    assert [text for _, text in kept(service)] == ["after"]
+
+
+@pytest.mark.parametrize(
+    ("data", "warned"),
+    [
+        ({"path": "state/examples.sqlite"}, False),
+        ({"path": "other/examples.sqlite"}, True),
+        ({"path": "texts.jsonl"}, True),
+        (None, True),
+    ],
+    ids=["its store", "another store", "a file", "none"],
+)
+def test_that_texts_are_not_trained_on_is_said_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, data: dict[str, str] | None, warned: bool
+) -> None:
+    more = {} if data is None else {"data": {"path": tmp_path / data["path"]}}
+    with running_service(tmp_path, **more):
+        said = [one.message for one in caplog.records]
+    assert said.count("texts_not_trained_on") == warned
+
+
 def test_a_share_to_hold_out_that_is_not_the_files_is_said(service: Service) -> None:
     with ExampleStore(service.settings.state_dir / FILE_NAME, _other_share()) as store:
         store.add("held out in another way")

@@ -17,6 +17,9 @@ from fedge.edge_agent.checkpoints import Checkpoints
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.data.examples import Examples
 from fedge.edge_agent.engines import EngineName
+from fedge.edge_agent.example_limits import ExampleLimits
+from fedge.edge_agent.example_store import FILE_NAME, ExampleStore
+from fedge.edge_agent.trainer import child
 from fedge.edge_agent.trainer import process as trainer_process
 from fedge.edge_agent.trainer.checkpoint_file import (
     TrainingKey,
@@ -24,7 +27,7 @@ from fedge.edge_agent.trainer.checkpoint_file import (
     take_checkpoint,
     write_checkpoint,
 )
-from fedge.edge_agent.trainer.jobs import TrainJob
+from fedge.edge_agent.trainer.jobs import Interrupted, TrainJob
 from fedge.edge_agent.trainer.process import (
     TrainerLimits,
     TrainerPool,
@@ -175,6 +178,31 @@ def test_a_disk_that_is_full_keeps_no_half_of_one(tmp_path):
         with pytest.raises(StoreUnavailable):
             left(disk.folder / "1.checkpoint")
         assert [path.name for path in disk.folder.iterdir() if "checkpoint" in path.name] == []
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_training_on_a_text_that_is_forgotten_meanwhile_leaves_no_checkpoint(
+    tmp_path, monkeypatch, forgotten
+):
+    device, limits = Device(tmp_path), ExampleLimits()
+    store = tmp_path / FILE_NAME
+    with ExampleStore(store, limits) as texts:
+        texts.add("my secret")
+        generation = texts.generation()
+    # The plan is of numbers; which texts they were made of says the generation alone.
+    numbers = Examples(*examples(40), generation=generation)
+    monkeypatch.setattr(child, "open_examples", lambda *job: numbers)
+
+    def stop() -> bool:
+        if forgotten:
+            with ExampleStore(store, limits) as texts:
+                texts.forget_containing("secret")
+        return True
+
+    job = device.job(data=DataConfig(path=store), limits=limits)
+    answer = child.Worker().do(job, lambda said: None, stop)
+    assert isinstance(answer, Interrupted)
+    assert answer.kept == device.checkpoint.exists() == (not forgotten)
 
 
 def test_a_position_of_another_plan_is_refused():

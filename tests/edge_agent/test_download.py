@@ -295,6 +295,59 @@ def test_a_reference_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_round_needs_waits_for_no_other_blob(tmp_path: Path) -> None:
+    """Not for one that is nowhere, nor for a large one; both go on with what they had."""
+
+    async def scenario() -> None:
+        bench = Bench(tmp_path)
+        nowhere, wanted = b"nowhere" * 999, [b"a round's" * 999, b"another of it" * 99]
+        await bench.keep(DATA, only=range(50))
+        urgent = [await bench.keep(data) for data in wanted]
+        async with bench.running():
+            others = [
+                asyncio.create_task(bench.downloads.fetch([ref]))
+                for ref in (REF, describe(nowhere, CHUNK))
+            ]
+            # Chunks of the first are missing, and the second waits behind it.
+            await asyncio.wait_for(bench.needed.wait(), 10)
+            async with asyncio.timeout(10):
+                await asyncio.gather(
+                    *(bench.downloads.fetch([ref], for_a_round=True) for ref in urgent)
+                )
+            assert [bench.blobs.read(ref.sha256) for ref in urgent] == wanted
+            assert not any(other.done() for other in others)
+            await bench.keep(DATA)
+            await bench.keep(nowhere)
+            async with asyncio.timeout(10):
+                await asyncio.gather(*others)
+        assert bench.blobs.read(REF.sha256) == DATA
+        # What had arrived before was not asked for again.
+        assert {bench.asked[REF.sha256, index] for index in range(50)} == {1}
+        assert list(bench.link._filters) == []
+
+    run(scenario)
+
+
+def test_a_fetch_that_is_cancelled_while_it_waits_for_a_round_ends(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        bench = Bench(tmp_path)
+        async with bench.running():
+            hurries = asyncio.create_task(bench.downloads.fetch([REF], for_a_round=True))
+            await asyncio.wait_for(bench.needed.wait(), 10)
+            other = asyncio.create_task(bench.downloads.fetch([describe(b"small", CHUNK)]))
+            await asyncio.sleep(0)
+            for task in (other, hurries):
+                task.cancel()
+                await asyncio.wait({task})
+            # Nothing is held up by what was given up.
+            ref = await bench.keep(b"small")
+            async with asyncio.timeout(10):
+                await bench.downloads.fetch([ref])
+        assert bench.blobs.read(ref.sha256) == b"small"
+
+    run(scenario)
+
+
 DOWNLOADER = """
 import asyncio, json, random, sys
 from pathlib import Path

@@ -338,6 +338,21 @@ def test_after_its_deadline_nothing_is_said(tmp_path):
     play(lambda: Bench(tmp_path), scenario)
 
 
+def test_a_request_that_is_said_again_gives_the_measuring_its_time_again(tmp_path):
+    async def scenario(here: Bench) -> None:
+        here.evaluations.see(free=True)
+        here.processes.gate.clear()
+        here.ask(2, deadline_s=0.2)
+        await here.pass_turns()
+        here.ask(2, deadline_s=60.0)
+        await asyncio.sleep(0.3)
+        here.processes.gate.set()
+        assert (await here.answer()).status is EvaluationStatus.OK
+        assert here.processes.ran() == ["count", "evaluate"]
+
+    play(lambda: Bench(tmp_path), scenario)
+
+
 def test_a_device_that_holds_nothing_out_says_so_at_once_and_fetches_nothing(tmp_path):
     async def scenario(here: Bench) -> None:
         here.ask(2)

@@ -11,7 +11,7 @@ from fedge.edge_agent.example_store import FILE_NAME, ExampleStore
 from fedge.edge_agent.library import Library
 from fedge.edge_agent.personal_models import PersonalRecord
 from fedge.edge_agent.serving import Served, open_serving
-from fedge.schemas.errors import PlanRefused
+from fedge.schemas.errors import PlanRefused, StoreError
 from tests.edge_agent.test_serving import first
 from tests.edge_agent.word_versions import EVENING, MORNING, WordPlan
 
@@ -89,3 +89,52 @@ def test_a_forget_between_the_look_and_the_opening_opens_the_version(
     monkeypatch.setattr(Library, "serving", serving)
     assert not open_serving(Library(owner)).personal
     assert looks == [True, False]
+
+
+def test_after_a_forget_it_answers_no_more_although_another_version_came_meanwhile(
+    owner: Path,
+) -> None:
+    with Served(Library(owner)) as served, ExampleStore(owner / FILE_NAME) as store:
+        assert served.predict("see ").personal
+        PLAN.put_into_use(owner, 1, EVENING)
+        store.forget_all()
+        answer = served.predict("see ")
+        assert (answer.version, answer.personal, first(answer)) == (1, False, "you")
+
+
+def test_after_a_forget_it_answers_no_more_although_another_one_was_made_meanwhile(
+    owner: Path,
+) -> None:
+    with Served(Library(owner)) as served, ExampleStore(owner / FILE_NAME) as store:
+        before = served.serving()
+        assert before.personal
+        store.forget_all()
+        # Under the same name.
+        keep_own(owner, 0, EVENING)
+        after = served.serving()
+        assert after.personal
+        assert after.predictor is not before.predictor
+        assert first(served.predict("see ")) == "you"
+
+
+@pytest.mark.parametrize("damaged", ["models/model-1.onnx", "active.json"])
+def test_after_a_forget_it_answers_no_more_although_nothing_else_can(
+    owner: Path, damaged: str
+) -> None:
+    with Served(Library(owner)) as served, ExampleStore(owner / FILE_NAME) as store:
+        assert served.predict("see ").personal
+        PLAN.put_into_use(owner, 1, EVENING)
+        (owner / damaged).write_bytes(b"damaged")
+        store.forget_all()
+        for _ in range(2):
+            with pytest.raises((PlanRefused, StoreError)):
+                served.predict("see ")
+        PLAN.put_into_use(owner, 1, EVENING)
+        assert first(served.predict("see ")) == "you"
+
+
+def test_a_record_that_is_damaged_stops_no_model_that_nobody_took_back(owner: Path) -> None:
+    with Served(Library(owner)) as served:
+        assert served.predict("see ").personal
+        (owner / "active.json").write_bytes(b"damaged")
+        assert served.predict("see ").personal

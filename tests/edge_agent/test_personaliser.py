@@ -16,11 +16,21 @@ import pytest
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.durable import replace_file
 from fedge.edge_agent.library import Library
+from fedge.edge_agent.participation import Usage
 from fedge.edge_agent.personal_models import HeldOutSums
 from fedge.edge_agent.personalisation import PersonalisationSettings
 from fedge.edge_agent.personaliser import Personaliser, Seen
-from fedge.edge_agent.trainer.jobs import Counted, CountJob, Personalised, PersonaliseJob
+from fedge.edge_agent.state import AgentState
+from fedge.edge_agent.storage_watch import StorageWatch
+from fedge.edge_agent.trainer.jobs import (
+    Counted,
+    CountJob,
+    Personalised,
+    PersonaliseJob,
+    Progressed,
+)
 from fedge.edge_agent.trainer.process import Trainer, TrainerKilled, TrainingInterrupted
+from fedge.edge_agent.usage import UsageMeter
 from fedge.schemas.blobs import BlobRef, describe
 from fedge.schemas.errors import FedgeError, StoreUnavailable, TrainingFailed
 from fedge.schemas.ids import sha256
@@ -42,6 +52,8 @@ class Process:
         self.interrupted: list[PersonaliseJob] = []
         self.begun = asyncio.Event()
         self.let = asyncio.Event()
+        self.turn = asyncio.Event()
+        self.turn.set()
         self.loss = 1.0
         self.error: FedgeError | None = None
         self.stopped: asyncio.Event = asyncio.Event()
@@ -52,6 +64,8 @@ class Process:
         assert isinstance(job, PersonaliseJob)
         self.jobs.append(job)
         self.begun.set()
+        await self.turn.wait()
+        on_progress(Progressed(epoch=0, step=0, steps=2, loss=1.0))
         stopping = asyncio.create_task(self.stopped.wait())
         going = asyncio.create_task(self.let.wait())
         try:
@@ -94,8 +108,15 @@ class Process:
 class Device:
     """One whose version 0 is in use."""
 
-    def __init__(self, folder: Path, *, with_eval: bool = True) -> None:
-        self.library = Library(folder)
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        with_eval: bool = True,
+        cache_limit_bytes: int | None = None,
+        meter: UsageMeter | None = None,
+    ) -> None:
+        self.library = Library(folder, cache_limit_bytes)
         self.process = Process()
         self.fetched: list[BlobRef] = []
         self.changes = 0
@@ -107,7 +128,7 @@ class Device:
         self.personaliser = Personaliser(
             "d", "p", SETTINGS, data=DataConfig(path=folder / "data.npz", hold_out=0.2),
             typed=None, threads=1, trainer=cast("Trainer", self.process), library=self.library,
-            held=lambda: self.held, fetch=self.fetch, meter=None, changed=self.changed,
+            held=lambda: self.held, fetch=self.fetch, meter=meter, changed=self.changed,
             wall_clock=lambda: 1e9,
         )  # fmt: skip
 
@@ -326,6 +347,85 @@ def test_the_graph_that_measures_is_fetched_once_and_stays_with_its_plan(tmp_pat
             device.personaliser.see(Seen(1, 1, eligible=True, busy=False))
             await device.process.again(2)
             assert len(device.fetched) == 1
+
+    asyncio.run(scenario())
+
+
+def test_what_measures_takes_the_room_of_what_nobody_needs(tmp_path):
+    stale = b"an older version's" * 100
+
+    async def scenario() -> None:
+        async with running(tmp_path / "unlimited") as device:
+            needed = sum(path.stat().st_size for path in (tmp_path / "unlimited/blobs").iterdir())
+        async with running(
+            tmp_path / "limited", with_eval=False, cache_limit_bytes=needed + 10
+        ) as device:
+            device.library.blobs.put(stale)
+            device.process.let.set()
+            device.personaliser.see(IDLE)
+            assert await device.outcome() == "better"
+            assert device.fetched == [PLAN.manifest.graphs.eval]
+            assert not device.library.blobs.has(sha256(stale))
+            blobs = (tmp_path / "limited/blobs").iterdir()
+            assert sum(path.stat().st_size for path in blobs) == needed
+        async with running(
+            tmp_path / "small", with_eval=False, cache_limit_bytes=needed - 10
+        ) as device:
+            device.personaliser.see(IDLE)
+            assert await device.outcome() == "failed"
+            assert device.fetched == []
+
+    asyncio.run(scenario())
+
+
+class Ledger:
+    """What is written down of the time."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def add_usage(self, used: Usage, line: int | None) -> int:
+        self.seconds.append(used.training_s)
+        return 0
+
+
+def test_waiting_for_its_turn_is_no_training(tmp_path):
+    waited_s = 0.4
+
+    async def scenario() -> None:
+        ledger = Ledger()
+        meter = UsageMeter(cast("AgentState", ledger), StorageWatch("d"), lambda: 1e9)
+        async with running(tmp_path, meter=meter) as device:
+            device.process.turn.clear()
+            device.process.let.set()
+            device.personaliser.see(IDLE)
+            await device.process.again(1)
+            await asyncio.sleep(waited_s)
+            assert (device.personaliser.is_training, device.changes) == (False, 0)
+            assert meter.unwritten().training_s == 0.0
+            device.process.turn.set()
+            assert await device.outcome() == "better"
+            assert device.changes == 2
+            assert len(ledger.seconds) == 1
+            assert ledger.seconds[0] < waited_s / 2
+
+    asyncio.run(scenario())
+
+
+def test_what_waits_for_its_turn_makes_way_too(tmp_path):
+    async def scenario() -> None:
+        async with running(tmp_path) as device:
+            device.process.turn.clear()
+            device.personaliser.see(IDLE)
+            await device.process.again(1)
+            device.personaliser.see(Seen(active=0, held=0, eligible=True, busy=True))
+            await asyncio.sleep(0.05)
+            assert device.changes == 0
+            device.process.turn.set()
+            device.process.let.set()
+            device.personaliser.see(IDLE)
+            assert await device.outcome() == "better"
+            assert len(device.process.jobs) == 2
 
     asyncio.run(scenario())
 

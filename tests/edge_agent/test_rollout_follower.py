@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fedge.edge_agent.evaluations import NOT_HERE
 from fedge.edge_agent.trainer.jobs import ActivateJob, EvaluateJob
 from fedge.edge_agent.trainer.process import TrainerKilled
 from fedge.schemas.errors import TrainingFailed
@@ -21,33 +22,15 @@ from fedge.schemas.messages import (
     TrialOutcome,
     TrialReason,
 )
-from tests.edge_agent.rollout_bench import Deaths, Device, Killed, Site, deaths, device
+from tests.edge_agent.rollout_bench import Deaths, Killed, Site, deaths, device, settled, site
 
-__all__ = ["deaths"]
+__all__ = ["deaths", "site"]
 
 ACTIVE, ROLLED_BACK = TrialOutcome.ACTIVE, TrialOutcome.ROLLED_BACK
 
 
-@pytest.fixture
-def site() -> Site:
-    """Version 5 is stable, 7 is better, 8 is worse, 9 is the base of training."""
-    made = Site()
-    made.make(5, error=0.5)
-    made.make(7, error=0.25)
-    made.make(8, error=5.0)
-    made.make(9, error=0.1)
-    return made
-
-
 def run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(work)
-
-
-async def settled(here: Device, site: Site) -> None:
-    """The device uses the stable version."""
-    await here.rest(site.newest(9), site.stable(5), site.candidate(5, rollout=0, share=0.0))
-    assert here.in_use == 5
-    here.said.clear()
 
 
 def test_a_candidate_that_is_better_is_used_and_the_one_before_stands_by(tmp_path, site) -> None:
@@ -151,7 +134,7 @@ def test_what_cannot_be_measured_is_not_asked_and_the_report_says_so(
     run(scenario())
 
 
-def test_a_candidate_that_cannot_be_measured_is_rolled_back(tmp_path, site) -> None:
+def test_a_candidate_that_cannot_be_measured_is_rolled_back(tmp_path, site, caplog) -> None:
     async def scenario() -> None:
         with device(tmp_path / "d", site) as here:
             await settled(here, site)
@@ -164,7 +147,8 @@ def test_a_candidate_that_cannot_be_measured_is_rolled_back(tmp_path, site) -> N
             await here.rest(site.candidate(7))
             [report] = here.reports
             assert (report.reason, here.in_use) == (TrialReason.HOLD_OUT, 5)
-            assert "not finite" in report.detail
+            assert report.detail == NOT_HERE
+            assert any("not finite" in str(vars(record)) for record in caplog.records)
 
     run(scenario())
 

@@ -11,7 +11,14 @@ from fedge.edge_agent import state
 from fedge.edge_agent.state import AgentState
 from fedge.schemas.blobs import describe
 from fedge.schemas.errors import StoreError, StoreUnavailable
-from fedge.schemas.messages import LossCurve, Offer, ReceiptStatus
+from fedge.schemas.messages import (
+    LossCurve,
+    Offer,
+    ReceiptStatus,
+    TrialOutcome,
+    TrialReason,
+    TrialReport,
+)
 from tests.edge_agent.announcements import version
 from tests.edge_agent.small_disks import small_disk
 
@@ -188,3 +195,36 @@ def test_what_another_release_wrote_and_this_one_cannot_read_is_no_crash(tmp_pat
     assert memory.outbox()[2] is not None
     assert memory.announcement() is None
     assert memory.boot() == 0
+
+
+def test_how_a_trial_ended_first_stays_unless_it_cannot_be_read(tmp_path: Path) -> None:
+    memory = AgentState(tmp_path / "s")
+    # Also one that ended before it was ever begun: its candidate could not be fetched.
+    good, bad = (
+        TrialReport(
+            rollout=1, version=7, outcome=outcome, reason=reason, detail="measured", hold_out=20
+        )
+        for outcome, reason in (
+            (TrialOutcome.ACTIVE, None),
+            (TrialOutcome.ROLLED_BACK, TrialReason.HOLD_OUT),
+        )
+    )
+    memory.end_trial(good)
+    memory.end_trial(bad)
+    ended = memory.trial(1, 7)
+    assert ended is not None
+    assert ended.report == good
+    memory._run("UPDATE trials SET report = '{}'")
+    assert memory.trial(1, 7) is None
+    memory.end_trial(bad)
+    ended = memory.trial(1, 7)
+    assert ended is not None
+    assert ended.report == bad
+    # After a forget only how it ended is left, of those that are not counted yet.
+    memory.forget_measures()
+    ended = memory.trial(1, 7)
+    assert ended is not None
+    assert (ended.report.outcome, ended.report.detail, ended.report.hold_out) == (
+        *(TrialOutcome.ROLLED_BACK, "", None),
+    )
+    memory.close()

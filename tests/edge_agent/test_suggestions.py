@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedge.edge_agent.suggestions import accepted, read_typed, suggested
-from fedge.schemas.words import START, Vocabulary, WordEncoder, is_word
+from fedge.edge_agent.suggestions import (
+    MAX_TYPED_CHARACTERS,
+    accepted,
+    read_typed,
+    suggested,
+)
+from fedge.schemas.words import START, Vocabulary, WordEncoder, is_word, normalised
+from tests.schemas.test_words import work
 
 ENCODER = WordEncoder(Vocabulary(["see", "you", "your", "soon", "at"]), 4)
 NUMBER = ENCODER.vocabulary.number
@@ -89,3 +97,30 @@ def test_every_word_with_the_beginning_is_found_and_no_other(words: list[str], b
 )
 def test_a_suggestion_that_is_taken_completes_what_was_typed(typed, word, after):
     assert accepted(typed, word) == after
+
+
+@given(st.text("aB7_'-\u2019\u02bc\u2010 .\u0301é", max_size=12))
+def test_the_unfinished_word_is_the_longest_that_the_text_ends_in(text: str) -> None:
+    joined = r"[^\W_](?:[^\W_]|['\u2019\u2018\u2010-](?=[^\W_]))*\Z"
+    found = re.search(joined, text)
+    begun = "" if found is None else found.group()
+    assert read_typed(text, ENCODER).begun == normalised(begun)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        lambda n: "a" * (n - 1) + " ",
+        lambda n: "a" * n,
+        lambda n: "a-" * (n // 2) + " ",
+        lambda n: "." * (n - 1) + "a",
+        lambda n: "a" + "\u0301" * (n // 2) + "\u0316" * (n // 2),
+    ],
+    ids=["letters", "word", "hyphens", "stops", "marks"],
+)
+def test_no_text_takes_more_than_its_length(hostile):
+    few, many = MAX_TYPED_CHARACTERS // 8, MAX_TYPED_CHARACTERS
+    # Eight times as long: about 8 times the work, or 64 times if each place begins a new search.
+    assert work(lambda: read_typed(hostile(many), ENCODER)) < 24 * work(
+        lambda: read_typed(hostile(few), ENCODER)
+    )

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from fedge.edge_agent import word_counts
+from fedge.edge_agent import word_counts, word_sample
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.example_limits import ExampleLimits
 from fedge.edge_agent.example_store import FILE_NAME, ExampleStore
 from fedge.edge_agent.typed_texts import TypedTexts
-from fedge.edge_agent.word_counts import WordCounts
+from fedge.edge_agent.word_counts import WordCounts, WordCountSettings
 from fedge.edge_agent.word_ledger import FILE_NAME as LEDGER
 from fedge.edge_agent.word_ledger import OverLimit, WordLedger
 from fedge.edge_agent.word_sample import answer_to, count_words, drawn_word
@@ -67,6 +67,40 @@ def test_without_a_word_to_draw_nothing_is_told_as_any_word_is(counts, known):
     assert drawn_word(counts, 3, known, scripted()) == NOTHING
     answer = answer_to(asked(least_typed=3), counts, known, scripted(7, 0))
     assert answer.bucket == bucket_of(NOTHING, answer.key, bucket_count(2.0))
+
+
+@pytest.mark.parametrize(
+    ("asks", "own", "drawn"), [(1, 1, "dog"), (1, 3, "cat"), (3, 1, "cat"), (1, 6, NOTHING)]
+)
+def test_neither_side_is_told_of_words_that_the_other_finds_too_rare(asks, own, drawn):
+    counts = {"dog": 2, "cat": 4}
+    words = () if drawn == NOTHING else (0,)
+    answer = answer_to(asked(least_typed=asks), counts, (), scripted(*words, 7, 0), least_typed=own)
+    assert answer.bucket == bucket_of(drawn, answer.key, bucket_count(2.0))
+
+
+def test_a_device_that_says_nothing_of_it_draws_no_word_that_was_typed_twice(folder, monkeypatch):
+    drawn: list[str] = []
+    real = word_sample.drawn_word
+
+    def noted(counts, least_typed, known, draw):
+        drawn.append(real(counts, least_typed, known, draw))
+        return drawn[-1]
+
+    monkeypatch.setattr(word_sample, "drawn_word", noted)
+    floor = WordCountSettings(epsilon_limit=100.0).least_typed
+
+    async def scenario() -> None:
+        bench = Bench(folder, limit=100.0, least_typed=floor)
+        async with bench.running():
+            bench.words.see(free=True)
+            for number in range(1, 31):
+                bench.words.asked(asked(number, least_typed=1))
+                await bench.until_sent(number)
+
+    run(scenario())
+    # "The" three times; "cat" twice, "hunter2" and "password" once.
+    assert set(drawn) == {"the"}
 
 
 def test_whatever_was_typed_an_answer_is_at_most_e_to_the_epsilon_times_as_likely():
@@ -141,7 +175,7 @@ def test_a_damaged_ledger_is_not_begun_anew(tmp_path):
 class Bench:
     """A device's word counts over a real store and a real ledger."""
 
-    def __init__(self, folder: Path, limit: float = 4.0) -> None:
+    def __init__(self, folder: Path, limit: float = 4.0, least_typed: int = 1) -> None:
         self.folder = folder
         self.sent: list[bytes] = []
         self.kept_first: list[bool] = []
@@ -157,6 +191,7 @@ class Bench:
             known=lambda: self.known,
             send=self.send,
             rng=random.Random(1),
+            least_typed=least_typed,
         )
 
     async def send(self, message: WordCountAnswer) -> None:
@@ -301,9 +336,9 @@ def test_new_words_wait_for_the_plan_that_says_which_are_known(folder, monkeypat
     drawn: list[frozenset[str]] = []
     real = answer_to
 
-    def noted(terms, counts, known):
+    def noted(terms, counts, known, **more):
         drawn.append(known)
-        return real(terms, counts, known)
+        return real(terms, counts, known, **more)
 
     monkeypatch.setattr(word_counts, "answer_to", noted)
 

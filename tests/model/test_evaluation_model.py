@@ -85,6 +85,8 @@ class EvaluationWorld(RuleBasedStateMachine):
         self.record = Record(wanted, seed, self.now + DEADLINE_S)
         self.todo: list[Command] = []
         self.mail: list[tuple[str, str]] = []  # ("ask" | "answer", device)
+        self.heard: dict[str, EvaluationStatus] = {}
+        self.late = False
         self.closings = 0
         self.at_the_end: Any = None
         self.start()
@@ -169,6 +171,7 @@ class EvaluationWorld(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.0, 5.0, 200.0]))
     def the_coordinator_is_killed_and_starts_again(self, seconds: float) -> None:
         self.todo.clear()
+        self.heard.clear()
         self.now += seconds
         if self.record.closed is None:
             self.closings = 0
@@ -220,12 +223,24 @@ class EvaluationWorld(RuleBasedStateMachine):
             return  # refused by the store
         if self.record.answers[device] is None:
             self.record.answers[device] = (self.statuses[device], float(ord(device)))
-        self.feed(Answered(device, self.statuses[device], self.online))
+        self.heard[device] = self.statuses[device]
+        if not self.late:
+            self.hear()
+
+    def hear(self) -> None:
+        heard, self.heard = self.heard, {}
+        self.feed(Answered(heard, self.online))
+
+    @rule(late=st.booleans())
+    def answers_are_looked_at_together(self, late: bool) -> None:
+        """From now on, or at once again: the desk gathers what comes within a second."""
+        self.late = late
+        self.hear()
 
     @rule(status=STATUSES)
     def a_stranger_answers(self, status: EvaluationStatus) -> None:
         before = self.state
-        self.feed(Answered("stranger", status, self.online))
+        self.feed(Answered({"stranger": status}, self.online))
         assert self.state.answered == before.answered
 
     # ------------------------------------------------------------ claims
@@ -258,6 +273,7 @@ class EvaluationWorld(RuleBasedStateMachine):
                 self.carry_out()
             while self.mail:
                 self.arrive(*self.mail.pop(0))
+            self.hear()
             if self.record.closed is None and not self.todo:
                 # A caller that sleeps until it is due comes to the end, and not after the deadline.
                 self.now = max(self.now, self.state.next_deadline)

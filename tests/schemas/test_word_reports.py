@@ -23,7 +23,7 @@ from fedge.schemas.word_reports import (
 
 EPSILONS = (MIN_EPSILON, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, MAX_EPSILON)
 DRAWS = 2**64
-GOLDEN = [49, 38, 55, 23, 42]
+GOLDEN = [47, 47, 34, 36, 3]
 
 
 class Scripted:

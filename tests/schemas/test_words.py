@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import time
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -98,3 +102,49 @@ def test_a_vocabulary_is_a_blob_of_lines():
 def test_what_is_no_vocabulary_is_refused(data):
     with pytest.raises(PlanRefused, match="vocabulary"):
         Vocabulary.decode(data)
+
+
+# ---------------------------------------------------------------- hostile texts
+
+
+def work(done: Callable[[], object]) -> float:
+    """What it takes of a core, the least of some tries; for ratios alone."""
+    taken = []
+    for _ in range(5):
+        begun = time.thread_time()
+        done()
+        taken.append(time.thread_time() - begun)
+    return min(taken)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        lambda n: "." * (n - 1) + "a",
+        lambda n: "?!" * (n // 2) + "a",
+        lambda n: "a" + "\u0301" * (n // 2) + "\u0316" * (n // 2),
+        lambda n: "a" + "\u0344\u0316" * (n // 2),
+        lambda n: "a" + "\u0301\uff9e" * (n // 2),
+        lambda n: "a-" * (n // 2),
+        lambda n: "a" * n,
+        lambda n: "\ufdfa" * n,
+    ],
+    ids=["stops", "signs", "heap", "pairs", "half width", "hyphens", "word", "ligature"],
+)
+def test_no_text_takes_more_than_its_length(hostile):
+    few, many = hostile(2_500), hostile(20_000)
+    # Eight times as long: about 8 times the work, or 64 times if it takes its square.
+    assert work(lambda: list(sentences(many))) < 24 * work(lambda: list(sentences(few)))
+
+
+@given(st.text("a.!?\u3002\n \t", max_size=12))
+def test_a_run_of_signs_ends_a_sentence_before_a_space_or_at_the_end(text):
+    ends = re.compile(r"[.!?]+(?=\s|$)|[\u3002\n]+")
+    found = [re.findall("a+", one) for one in ends.split(normalised(text))]
+    assert list(sentences(text)) == [one for one in found if one]
+
+
+def test_of_a_heap_of_marks_the_first_thirty_are_read():
+    assert normalised("x" + "\u0316" * 30) == "x" + "\u0316" * 30
+    assert normalised("x" + "\u0316" * 40 + "y") == "x" + "\u0316" * 30 + "y"
+    assert normalised("e\u0301") == "\u00e9"

@@ -34,11 +34,12 @@ class Evaluations:
         """Keeps that a version should be measured by `wanted` devices. None: the newest version.
 
         Its files are not deleted before the evaluation is closed. Raises `ConfigError` if there is
-        no such version, or its files were deleted.
+        no such version, its files were deleted, or it is of another plan than the newest one.
         """
         with self._database.write() as connection:
+            newest_version = connection.scalar(select(func.max(versions.c.number)))
             if version is None:
-                version = connection.scalar(select(func.max(versions.c.number)))
+                version = newest_version
             found = None if version is None else version_numbered(connection, version)
             if found is None:
                 raise ConfigError(
@@ -50,6 +51,13 @@ class Evaluations:
                 raise ConfigError(
                     f"the files of version {version} were deleted, as [retention] says: devices "
                     "could not fetch it"
+                )
+            served = version_numbered(connection, newest_version)
+            if served is not None and found.plan_sha256 != served.plan_sha256:
+                raise ConfigError(
+                    f"version {version} is of another plan than the newest, {served.number}: "
+                    "devices measure versions of the plan that they train. The plan changes with "
+                    "[export] quantization; set that back to measure this one"
                 )
             newest = connection.scalar(select(func.max(evaluations.c.number)))
             record = EvaluationRecord(

@@ -14,6 +14,7 @@ from sqlalchemy import (
     Connection,
     delete,
     false,
+    func,
     select,
     true,
     update,
@@ -24,7 +25,7 @@ from fedge.coordinator.store.database import Database
 from fedge.coordinator.store.ownership import give_owner, owner_in
 from fedge.coordinator.store.queries import UNANSWERED, digests_of, files_of_versions
 from fedge.coordinator.store.records import Collected, Retention
-from fedge.coordinator.store.rollouts import staged_versions
+from fedge.coordinator.store.rollouts import is_open, stable_version, staged_versions
 from fedge.coordinator.store.rows import AnyRow
 from fedge.coordinator.store.tables import (
     devices,
@@ -33,8 +34,12 @@ from fedge.coordinator.store.tables import (
     participants,
     plans,
     refusals,
+    rollouts,
     rounds,
+    trials,
     versions,
+    word_count_answers,
+    word_counts,
 )
 from fedge.schemas.errors import FedgeError, StoreError
 from fedge.schemas.ids import Digest
@@ -65,6 +70,8 @@ class Housekeeping:
         """
         forgotten = self._forget_rounds(retention)
         evaluations_gone = self._forget_evaluations(retention)
+        rollouts_gone = self._forget_rollouts(retention)
+        word_counts_gone = self._forget_word_counts(retention)
         devices_gone = self._forget_devices(retention, now)
         with self._database.collecting() as free:
             if not free:
@@ -72,6 +79,8 @@ class Housekeeping:
                     rounds=forgotten,
                     devices=devices_gone,
                     evaluations=evaluations_gone,
+                    rollouts=rollouts_gone,
+                    word_counts=word_counts_gone,
                     postponed=True,
                 )
             if not self.owns_its_blobs():
@@ -94,6 +103,8 @@ class Housekeeping:
             blobs=sum(size > 0 for size in sizes),
             bytes_freed=sum(sizes),
             evaluations=evaluations_gone,
+            rollouts=rollouts_gone,
+            word_counts=word_counts_gone,
         )
 
     def collectable(self, retention: Retention, *, now: float) -> Collected:
@@ -102,6 +113,8 @@ class Housekeeping:
             numbers, doomed = _overdue_versions(connection, retention)
             overdue_rounds = _overdue_rounds(connection, retention, None)
             overdue_evaluations = _overdue_evaluations(connection, retention)
+            overdue_rollouts = _overdue_rollouts(connection, retention)
+            overdue_word_counts = _overdue_word_counts(connection, retention)
             unseen = connection.execute(select(devices.c.name).where(_unseen(retention, now))).all()
         found = [self.blobs.describe(digest) for digest in sorted(doomed)]
         old = (self.blobs.describe(digest) for digest in self._unnamed() if digest not in doomed)
@@ -113,6 +126,8 @@ class Housekeeping:
             blobs=sum(size > 0 for size, _ in found),
             bytes_freed=sum(size for size, _ in found),
             evaluations=len(overdue_evaluations),
+            rollouts=len(overdue_rollouts),
+            word_counts=len(overdue_word_counts),
         )
 
     def named_blobs(self) -> dict[Digest, str]:
@@ -210,6 +225,29 @@ class Housekeeping:
                 connection.execute(delete(evaluations).where(evaluations.c.number == number))
         return len(numbers)
 
+    def _forget_rollouts(self, retention: Retention) -> int:
+        with self._database.read() as connection:
+            if not _overdue_rollouts(connection, retention):
+                return 0
+        with self._database.write() as connection:
+            numbers = _overdue_rollouts(connection, retention)
+            for number in numbers:
+                connection.execute(delete(trials).where(trials.c.rollout == number))
+                connection.execute(delete(rollouts).where(rollouts.c.number == number))
+        return len(numbers)
+
+    def _forget_word_counts(self, retention: Retention) -> int:
+        with self._database.read() as connection:
+            if not _overdue_word_counts(connection, retention):
+                return 0
+        with self._database.write() as connection:
+            numbers = _overdue_word_counts(connection, retention)
+            for number in numbers:
+                told = word_count_answers.c.word_count == number
+                connection.execute(delete(word_count_answers).where(told))
+                connection.execute(delete(word_counts).where(word_counts.c.number == number))
+        return len(numbers)
+
     def _forget_devices(self, retention: Retention, now: float) -> int:
         if retention.devices_unseen_days is None:
             return 0
@@ -285,6 +323,30 @@ def _overdue_evaluations(connection: Connection, retention: Retention) -> list[i
     # The newest number is never given up: the next one is above it.
     newest_first = closed.order_by(evaluations.c.number.desc())
     return list(connection.scalars(newest_first.offset(retention.evaluations)))
+
+
+def _overdue_rollouts(connection: Connection, retention: Retention) -> list[int]:
+    if retention.rollouts is None:
+        return []
+    newest_first = select(rollouts.c.number).where(~is_open()).order_by(rollouts.c.number.desc())
+    overdue = connection.scalars(newest_first.offset(retention.rollouts)).all()
+    # What was tried last is not tried by itself again, and of what serves it is known how it fared.
+    told = {connection.scalar(select(func.max(rollouts.c.version))), stable_version(connection)}
+    of_those = (
+        select(func.max(rollouts.c.number))
+        .where(rollouts.c.version.in_(told - {None}))
+        .group_by(rollouts.c.version)
+    )
+    kept = set(connection.scalars(of_those))
+    return [number for number in overdue if number not in kept]
+
+
+def _overdue_word_counts(connection: Connection, retention: Retention) -> list[int]:
+    if retention.word_counts is None:
+        return []
+    closed = select(word_counts.c.number).where(word_counts.c.closed_at.is_not(None))
+    newest_first = closed.order_by(word_counts.c.number.desc())
+    return list(connection.scalars(newest_first.offset(retention.word_counts)))
 
 
 def _unseen(retention: Retention, now: float) -> ColumnElement[bool]:

@@ -258,13 +258,16 @@ class Retention:
 
     `versions`: the newest so many keep their files, at least 2. `rounds`: the newest so many closed
     ones keep their participants and refusals. `devices_unseen_days`: devices that are offline and
-    were not seen for longer are forgotten. `evaluations`: the newest so many closed ones are kept.
+    were not seen for longer are forgotten. `evaluations`, `rollouts`, `word_counts`: the newest so
+    many closed ones are kept.
     """
 
     versions: int | None = None
     rounds: int | None = None
     devices_unseen_days: float | None = None
     evaluations: int | None = None
+    rollouts: int | None = None
+    word_counts: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,3 +286,5 @@ class Collected:
     bytes_freed: int = 0
     postponed: bool = False
     evaluations: int = 0
+    rollouts: int = 0
+    word_counts: int = 0

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import ColumnElement, Connection, func, insert, or_, select, true, update
+from sqlalchemy import ColumnElement, Connection, func, insert, select, update
 
+from fedge.coordinator.rollout_fleet import KnownDevice
 from fedge.coordinator.rollouts import Phase, RolloutPolicy, Wish
 from fedge.coordinator.store.database import Database
 from fedge.coordinator.store.queries import fact_named, version_numbered
@@ -164,27 +165,29 @@ class Rollouts:
             connection.execute(insert(rollouts).values(_values(record)))
         return record
 
-    def keep_rollout(self, record: RolloutRecord) -> None:
+    def keep_rollout(self, record: RolloutRecord) -> bool:
         """Keeps how far an open rollout is, all but its wish; if it is done, what is stable now.
 
-        Raises `StoreError` if it is not open any more.
+        False, and no change, if a command wished something else since the record was read: that
+        comes first. Raises `StoreError` if it is not open any more.
         """
         values = _values(record)
-        del values["wish"]
-        if not record.reason:
-            # A command may just have written why it wants an end.
-            del values["reason"]
-        keeps = update(rollouts).where(rollouts.c.number == record.number, is_open())
+        wish = values.pop("wish")
+        this = (rollouts.c.number == record.number, is_open())
+        keeps = update(rollouts).where(*this, rollouts.c.wish == wish)
         with self._database.write() as connection:
             if connection.execute(keeps.values(values)).rowcount != 1:
-                raise StoreError(f"rollout {record.number} is not open")
+                if connection.execute(select(rollouts.c.number).where(*this)).first() is None:
+                    raise StoreError(f"rollout {record.number} is not open")
+                return False
             if record.phase is Phase.DONE:
                 self._keep_stable(connection, record.version)
+        return True
 
     def wish_of_rollout(self, wish: Wish, reason: str = "") -> RolloutRecord:
         """Keeps what the operator wants of the open rollout, for the coordinator to carry out.
 
-        Raises `ConfigError` if there is none.
+        Raises `ConfigError` if there is none, or if it is being aborted: that is not taken back.
         """
         with self._database.write() as connection:
             row = connection.execute(select(rollouts).where(is_open())).first()
@@ -194,9 +197,12 @@ class Rollouts:
                     "earlier version back: fedge rollout start --version N --straight"
                 )
             record = _rollout_of(row)
-            values: dict[str, str] = {"wish": wish.value}
-            if wish is Wish.ABORT:
-                values["reason"] = reason
+            if record.wish is Wish.ABORT and wish is not Wish.ABORT:
+                raise ConfigError(
+                    f"rollout {record.number} is to be aborted already, as soon as the coordinator "
+                    "looks; then begin another one: fedge rollout start"
+                )
+            values = {"wish": wish.value, "reason": reason if wish is Wish.ABORT else ""}
             connection.execute(
                 update(rollouts).where(rollouts.c.number == record.number).values(values)
             )
@@ -275,11 +281,20 @@ class Rollouts:
             counts = {TrialOutcome(row[0]): row[1] for row in connection.execute(statement)}
         return {outcome: counts.get(outcome, 0) for outcome in TrialOutcome}
 
-    def devices_since(self, at: float) -> tuple[str, ...]:
-        """The names of devices that are online or were seen after `at`."""
-        recent = or_(devices.c.online == true(), devices.c.last_seen_at > at)
+    def born_devices(self) -> tuple[KnownDevice, ...]:
+        """The devices whose birth was ever heard: other names anybody may have made up."""
+        statement = select(devices.c.name, devices.c.online, devices.c.last_seen_at)
         with self._database.read() as connection:
-            return tuple(connection.scalars(select(devices.c.name).where(recent)))
+            rows = connection.execute(statement.where(devices.c.boot.is_not(None)))
+            return tuple(KnownDevice(*row) for row in rows)
+
+    def is_born(self, device: str) -> bool:
+        """Whether a birth of the device was ever heard."""
+        statement = select(devices.c.name).where(
+            devices.c.name == device, devices.c.boot.is_not(None)
+        )
+        with self._database.read() as connection:
+            return connection.execute(statement).first() is not None
 
     def _keep_stable(self, connection: Connection, number: int) -> None:
         statement = self._database.upsert(facts).values(name=STABLE, value=str(number))

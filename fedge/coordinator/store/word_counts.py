@@ -1,15 +1,26 @@
 """Word counts: requested by a command, opened and closed by the coordinator.
 
 A device counts once in each, because (word count, device) is a key: what comes again changes
-nothing, and what comes after the end is refused. What is kept of a device is its noisy word.
+nothing, and what comes after the end is refused. What is kept of a device is its noisy word,
+and its name until the end: then nobody has to be known again, and the words are nobody's.
 """
 
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    and_,
+    func,
+    insert,
+    literal_column,
+    select,
+    true,
+    update,
+)
 
 from fedge.coordinator.store.database import Database
 from fedge.coordinator.store.tables import word_count_answers, word_counts
@@ -86,12 +97,19 @@ class WordCounts:
         if row is None or row.opened_at is not None:
             return None if row is None else WordCountRecord(**row._mapping)
         with self._database.write() as connection:
-            connection.execute(
-                update(word_counts)
-                .where(word_counts.c.number == row.number, word_counts.c.opened_at.is_(None))
-                .values(opened_at=at, until=at + row.deadline_s)
-            )
-            return WordCountRecord(**connection.execute(oldest).one()._mapping)
+            # Looked for again: a command may have closed it since.
+            row = connection.execute(oldest).first()
+            if row is None:
+                return None
+            record = WordCountRecord(**row._mapping)
+            if record.opened_at is None:
+                record = replace(record, opened_at=at, until=at + record.deadline_s)
+                connection.execute(
+                    update(word_counts)
+                    .where(word_counts.c.number == record.number)
+                    .values(opened_at=record.opened_at, until=record.until)
+                )
+            return record
 
     def record_word_report(self, device: str, answer: WordCountAnswer, *, at: float) -> bool:
         """Keeps a device's noisy word: True the first time, False if it had told one before.
@@ -165,12 +183,23 @@ class WordCounts:
 def close_word_counts(
     connection: Connection, reason: str, *, at: float, number: int | None = None
 ) -> int:
-    """Ends those that are open: how many. `number`: that one only."""
-    closes = (
-        update(word_counts)
-        .where(word_counts.c.closed_at.is_(None))
-        .values(closed_at=at, reason=reason)
+    """Ends those that are open, and forgets who told what in them: how many. `number`: that one."""
+    which = and_(
+        word_counts.c.closed_at.is_(None),
+        true() if number is None else word_counts.c.number == number,
     )
-    if number is not None:
-        closes = closes.where(word_counts.c.number == number)
+    # When each came goes with the name: the log has the two side by side.
+    connection.execute(
+        update(word_count_answers)
+        .where(word_count_answers.c.word_count.in_(select(word_counts.c.number).where(which)))
+        .values(device=_nobody(connection), at=at)
+    )
+    closes = update(word_counts).where(which).values(closed_at=at, reason=reason)
     return connection.execute(closes).rowcount
+
+
+def _nobody(connection: Connection) -> ColumnElement[str]:
+    """A name for each row that says nothing, and that no other row has: 122 random bits or more."""
+    if connection.dialect.name == "postgresql":
+        return literal_column("gen_random_uuid()::text")
+    return literal_column("lower(hex(randomblob(16)))")

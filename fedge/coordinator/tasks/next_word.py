@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedge.coordinator.task import SGD, SimulationDefaults, Task
+from fedge.coordinator.task import SGD, PerExample, SimulationDefaults, Task
 from fedge.coordinator.vocabularies import documentation_words
 from fedge.schemas.features import NextWordTarget, WordFeatures
 from fedge.schemas.measures import RatioSpec
@@ -81,6 +81,15 @@ def words_cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     return log_loss(output, target) / known_words(output, target).clamp(min=1.0)
 
 
+def even_cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    """Sum over the known words of a window as a share of its length, `[batch]`.
+
+    Every word weighs the same, as it does in recall and perplexity. In a mean over the words of a
+    window those of short sentences weigh more.
+    """
+    return log_loss(output, target) / target.shape[1]
+
+
 def log_loss(output: Tensor, target: Tensor) -> Tensor:
     """Sum of the cross-entropies at known words, in nats, `[batch]`."""
     losses = functional.cross_entropy(output.transpose(1, 2), target, reduction="none")
@@ -124,18 +133,21 @@ def next_word(
     dimensions: int = 48,
     window: int = 16,
     learning_rate: float = 1.0,
+    loss: PerExample = words_cross_entropy,
 ) -> Task:
     """The task over a vocabulary; without one, of words of Python's own documentation.
 
     `window`: words that are read at the most. A word that is not in the vocabulary counts as one
-    that was not suggested: recall is over all words, perplexity over the known ones.
+    that was not suggested: recall is over all words, perplexity over the known ones. `loss`: or
+    `even_cross_entropy`, in which words weigh the same, so that it needs about twice the learning
+    rate.
     """
     vocabulary = Vocabulary(documentation_words(2000)) if vocabulary is None else vocabulary
     words = len(vocabulary)
     return Task(
         name="next-word",
         model=lambda: NextWord(words, cells=cells, dimensions=dimensions),
-        loss=words_cross_entropy,
+        loss=loss,
         features=WordFeatures(words=words, window=window),
         target=NextWordTarget(words=words, window=window),
         vocabulary=vocabulary,

@@ -26,7 +26,7 @@ from fedge.edge_agent.example_limits import ExampleLimits
 from fedge.edge_agent.example_store import Counts, ExampleStore, Typed
 from fedge.edge_agent.serving import Served
 from fedge.schemas.closing import Closing
-from fedge.schemas.errors import ConfigError, FedgeError, StoreError
+from fedge.schemas.errors import ConfigError, FedgeError, StoreError, StoreUnavailable
 from fedge.schemas.logs import EventLog
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ class Operations(Closing):
         encoded = answer if isinstance(answer, bytes) else answer.model_dump_json().encode()
         return Reply(operation.status, encoded)
 
+    def look(self) -> None:
+        """Another model may be in use now. Blocks for a moment."""
+        self._served.look()
+
     def close(self) -> None:
         """Waits for what is under way."""
         self._disk.shutdown()
@@ -124,7 +128,20 @@ class Operations(Closing):
                 done = store.forget_all()
             return contract.Forgotten(**asdict(done))
 
-        done = await self._in(self._disk, lambda: self._with_store(forget))
+        def work() -> contract.Forgotten:
+            try:
+                return self._with_store(forget)
+            except StoreUnavailable:
+                raise
+            except StoreError as error:
+                if not asked.all:
+                    raise
+                # Too damaged to be asked, or of a newer release; the wish holds all the same.
+                log.warning("examples_deleted", reason=str(error))
+                ExampleStore.remove(self._examples)
+                return self._with_store(forget)
+
+        done = await self._in(self._disk, work)
         self._changed()
         return done
 

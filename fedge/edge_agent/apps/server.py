@@ -28,6 +28,7 @@ from fedge.edge_agent.apps.operations import Operations
 from fedge.edge_agent.apps.refusals import Refused, not_now
 from fedge.edge_agent.apps.settings import AppsSettings
 from fedge.edge_agent.apps.status import status_of
+from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.eligibility import Standing
 from fedge.edge_agent.example_store import FILE_NAME
 from fedge.edge_agent.library import Library
@@ -73,6 +74,7 @@ class AppServer:
         bounds: Bounds | None = None,
     ) -> None:
         self._device = settings.device
+        self._data: DataConfig | None = settings.data
         self._apps: AppsSettings = settings.apps
         self._state_dir = settings.state_dir
         self._storage = storage
@@ -100,13 +102,19 @@ class AppServer:
             changed=changed,
         )
         self._refusals = _Refusals(settings.device)
+        self._look = asyncio.Event()
         self.listening = 0
+
+    def look_again(self) -> None:
+        """Another model may be in use now: the next question should be its own."""
+        self._look.set()
 
     async def run(self) -> None:
         """Serves until cancelled.
 
         Raises `ConfigError` if a socket or the token cannot be had, saying why.
         """
+        self._say_what_texts_are_for()
         listeners = await self._storage.until_done("apps", self._opened)
         servers: list[asyncio.Server] = []
         try:
@@ -119,13 +127,25 @@ class AppServer:
                         "apps_listening", device=self._device,
                         door=listener.door.name, place=listener.place,
                     )  # fmt: skip
-                await asyncio.Event().wait()
+                while True:
+                    await self._look.wait()
+                    self._look.clear()
+                    await asyncio.to_thread(self._operations.look)
         finally:
             for server in servers:
                 server.close()
             for listener in listeners:
                 listener.close()
             await asyncio.to_thread(self._operations.close)
+
+    def _say_what_texts_are_for(self) -> None:
+        kept, data = self._state_dir / FILE_NAME, self._data
+        if data is not None and data.is_store and data.path.resolve() == kept.resolve():
+            return
+        log.warning(
+            "texts_not_trained_on", device=self._device, kept=str(kept),
+            trained_on=None if data is None else str(data.path),
+        )  # fmt: skip
 
     async def _opened(self) -> list[Listener]:
         apps, found = self._apps, list[Listener]()

@@ -29,6 +29,7 @@ from fedge.edge_agent.durable import replace_file
 from fedge.edge_agent.engines import EngineName, choose_engine, open_engine
 from fedge.edge_agent.engines.protocol import Engine
 from fedge.edge_agent.example_text import Split
+from fedge.edge_agent.forgetting import ForgottenMeanwhile, nothing_forgotten
 from fedge.edge_agent.trainer.checkpoint_file import (
     TrainingKey,
     digest_of_examples,
@@ -63,6 +64,7 @@ from fedge.schemas.errors import FedgeError, PeerError, StoreError, TrainingFail
 from fedge.schemas.ids import Digest
 from fedge.schemas.plan import PlanManifest
 from fedge.schemas.plan_words import word_encoder
+from fedge.schemas.quantization import as_stored
 from fedge.schemas.tensors import Array, encode_tensors, read_tensors
 from fedge.schemas.words import Vocabulary, WordEncoder
 
@@ -183,6 +185,8 @@ class _LeftTraining:
         self.paused: Paused | None = None
         self._position: dict[str, Array] = {}
         self._path = job.checkpoint
+        self._data, self._limits = job.data, job.limits
+        self._generation = examples.generation
         self._engine = engine
         if self._path is None or engine is None:
             return
@@ -212,8 +216,9 @@ class _LeftTraining:
         if self._path is None or self._engine is None:
             return False
         try:
-            write_checkpoint(self._path, self._key, paused, self._engine.position())
-        except StoreError as error:
+            with nothing_forgotten(self._data, self._limits, self._generation):
+                write_checkpoint(self._path, self._key, paused, self._engine.position())
+        except (StoreError, ForgottenMeanwhile) as error:
             log.warning("checkpoint_not_written %s", error)
             return False
         return True
@@ -233,10 +238,10 @@ def _evaluate(job: EvaluateJob, stop: Callable[[], bool], clock: Callable[[], fl
 
     started = clock()
     manifest = PlanManifest.decode(_read(job.manifest))
-    examples = open_examples(job.data, _words(job, manifest), job.limits, job.side)
+    examples = open_examples(job.data, _words(job, manifest), job.limits, Split.HOLD_OUT)
     evaluator = open_evaluator(manifest, _read(job.eval_graph), threads=job.threads)
     weights = read_tensors(job.weights, manifest.weight_specs)
-    sums = evaluate(evaluator, manifest, weights, examples, stop=stop)
+    sums = evaluate(evaluator, manifest, as_stored(manifest, weights), examples, stop=stop)
     return Evaluated(
         examples=sums.examples,
         rows=sums.rows,

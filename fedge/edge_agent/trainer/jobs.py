@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from fedge.edge_agent.data.config import DataConfig
 from fedge.edge_agent.engines import EngineName
 from fedge.edge_agent.example_limits import ExampleLimits
-from fedge.edge_agent.example_text import Split
 from fedge.edge_agent.layers import Layers
 from fedge.edge_agent.personal_models import HeldOutSums
 from fedge.edge_agent.training_settings import TrainingSettings
@@ -299,7 +298,7 @@ class ActivateJob(_Line):
 
 
 class EvaluateJob(_Line):
-    """Measure `weights` on the device's examples, those held out unless `side` says otherwise.
+    """Measure `weights` on the device's examples that are held out.
 
     The paths are of verified blobs, or of a file that this device made.
     """
@@ -311,7 +310,6 @@ class EvaluateJob(_Line):
     vocabulary: Path | None = None
     data: DataConfig
     limits: ExampleLimits | None = None
-    side: Split = Split.HOLD_OUT
     threads: Annotated[int, Field(ge=1, le=256)] = 1
 
     @property
