@@ -46,11 +46,13 @@ from keyboard_learning import (
     Trainer,
     Typist,
     cut_by_time,
+    decay,
     device_of,
     federated_pass,
     fresh_of,
     personalise,
     pooled,
+    slowed,
 )
 from keyboard_ngram import NgramSuggestions
 from keyboard_report import added, recalls, rows, shares, summed
@@ -340,19 +342,6 @@ class Experiment:
         }[method]  # fmt: skip
         facts = {name: _plain(getattr(self.options, name)) for name in (*every, *mine)}
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:10]
-
-
-def decay(number: int, of: int, last: float, steady: int = 1) -> float:
-    """Of a learning rate in pass `number` of so many.
-
-    It is 1 for `steady` passes, and then falls by equal factors down to `last`.
-    """
-    return last ** ((number - steady) / (of - steady)) if number > steady else 1.0
-
-
-def slowed(config: ServerOptimizerConfig, share: float) -> ServerOptimizerConfig:
-    """The same optimizer with `share` of its learning rate."""
-    return config.model_copy(update={"learning_rate": config.learning_rate * share})
 
 
 def ngram(

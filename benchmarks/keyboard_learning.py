@@ -15,7 +15,7 @@ import numpy as np
 
 from fedge.coordinator.aggregation import WeightedMean, Weighting
 from fedge.coordinator.compiler import CompiledPlan
-from fedge.coordinator.server_optimizer import ServerOptimizer
+from fedge.coordinator.server_optimizer import ServerOptimizer, ServerOptimizerConfig
 from fedge.edge_agent.data.examples import Examples
 from fedge.edge_agent.engines import EngineName, open_engine
 from fedge.edge_agent.training import TrainingResult, train
@@ -183,6 +183,19 @@ class Server:
     cohort: int
     optimizer: ServerOptimizer
     seed: int = 0
+
+
+def decay(number: int, of: int, last: float, steady: int = 1) -> float:
+    """Of a learning rate in pass `number` of so many.
+
+    It is 1 for `steady` passes, and then falls by equal factors down to `last`.
+    """
+    return last ** ((number - steady) / (of - steady)) if number > steady else 1.0
+
+
+def slowed(config: ServerOptimizerConfig, share: float) -> ServerOptimizerConfig:
+    """The same optimizer with `share` of its learning rate."""
+    return config.model_copy(update={"learning_rate": config.learning_rate * share})
 
 
 def turns_of(windows: int, how: Local) -> list[int]:

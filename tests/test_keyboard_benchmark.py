@@ -25,8 +25,7 @@ pytest.importorskip("nltk", reason="pip install -e '.[dev]'")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import keyboard  # noqa: E402 -- the benchmarks are programs, not a package
-import keyboard_course as courses  # noqa: E402 -- as above
+import keyboard_course as courses  # noqa: E402 -- the benchmarks are programs, not a package
 import keyboard_learning as learning  # noqa: E402 -- as above
 import keyboard_ngram as ngrams  # noqa: E402 -- as above
 import keyboard_report as reports  # noqa: E402 -- as above
@@ -153,10 +152,10 @@ def test_a_device_with_more_examples_has_more_turns_and_each_counts_the_same() -
 
 
 def test_learning_rates_fall_by_equal_factors_from_the_first_pass_to_the_last() -> None:
-    factors = [keyboard.decay(number, 3, 0.01) for number in (1, 2, 3)]
+    factors = [learning.decay(number, 3, 0.01) for number in (1, 2, 3)]
     assert factors == pytest.approx([1, 0.1, 0.01])
-    assert keyboard.decay(1, 1, 0.1) == 1
-    held = [keyboard.decay(number, 4, 0.01, steady=2) for number in (1, 2, 3, 4)]
+    assert learning.decay(1, 1, 0.1) == 1
+    held = [learning.decay(number, 4, 0.01, steady=2) for number in (1, 2, 3, 4)]
     assert held == pytest.approx([1, 1, 0.1, 0.01])
 
 
@@ -167,7 +166,7 @@ def test_a_slower_server_optimizer_moves_by_that_share_and_remembers_the_same() 
     delta = {name: np.ones_like(value) for name, value in plan.initial_weights.items()}
     moved, moments = {}, {}
     for part in (1.0, share):
-        optimizer = server_optimizer(keyboard.slowed(config, part), plan.manifest.weights)
+        optimizer = server_optimizer(learning.slowed(config, part), plan.manifest.weights)
         moved[part], moments[part] = optimizer.apply(plan.initial_weights, delta, optimizer.init())
     for name, start in plan.initial_weights.items():
         np.testing.assert_allclose(
