@@ -25,7 +25,7 @@ from fedge.schemas.words import Vocabulary
 
 def task():
     words = Vocabulary({WORDS!r}.split())
-    return next_word(words, cells=32, dimensions=16, window=6, learning_rate=3.0)
+    return next_word(words, cells=32, dimensions=16, window=6, learning_rate=1.5)
 """
 
 

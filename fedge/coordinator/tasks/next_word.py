@@ -170,7 +170,7 @@ def next_word(
             ),
         ),
         optimizer=SGD(),
-        defaults=TrainingDefaults(batch_size=16, learning_rate=learning_rate, local_epochs=3),
+        defaults=TrainingDefaults(batch_size=8, learning_rate=learning_rate, local_epochs=3),
         simulation=SimulationDefaults(data="python-topics", devices=8, rounds=10, split="users"),
     )
 
