@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/.ready-for-demo
 DEV_READY := $(VENV)/.ready-for-development
 
-# Two workers: the tests start programs of their own, and a worker that has loaded torch takes
-# about half a gigabyte. A file's tests stay together, because they share running demonstrations.
-TEST_OPTIONS ?= -n 2 --dist loadfile
+# Three workers also on two cores: the tests start programs of their own, and wait for them. A worker
+# that has loaded torch takes about half a gigabyte. A file's tests stay together, because they share
+# running demonstrations.
+TEST_OPTIONS ?= -n 3 --dist loadfile
 
 SECONDS = 600
 SEED = 1
